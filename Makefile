@@ -1,0 +1,53 @@
+# make demo · make test · make bench    (each sets itself up: Python 3.11 and make are all it needs)
+
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Where the demo writes; everything below it can be deleted.
+DEMO ?= demo
+# Small computations: TensorFlow's and JAX's start-up messages are noise here.
+export TF_CPP_MIN_LOG_LEVEL := 3
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-full lint bench install install-dev clean
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "Python 3.11 is needed: set PYTHON=..."'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: install
+	$(RUN) -m data_prep.synthetic --out $(DEMO)/world --scenes 20 --keyframes 6 --seed 1 --image_scale 0.25
+	$(RUN) -m data_prep.tiny_clip --world $(DEMO)/world --out $(DEMO)/tiny_clip
+	$(RUN) -m data_prep.build --source $(DEMO)/world --version v1.0-trainval --split train --out $(DEMO)/records
+	$(RUN) -m data_prep.build --source $(DEMO)/world --version v1.0-trainval --split val --out $(DEMO)/records
+	$(RUN) -m pop3d_jax.train --config configs/demo.py --workdir $(DEMO)/run
+	$(RUN) -m pop3d_jax.query --workdir $(DEMO)/run --sample 0 --text "a red car" --out $(DEMO)/red_car.png
+	$(RUN) -m pop3d_jax.query --workdir $(DEMO)/run --sample 0 --text "a tree" --out $(DEMO)/tree.png
+	$(RUN) -m pop3d_jax.evaluate --workdir $(DEMO)/run --baselines --retrieval $(DEMO)/world/retrieval --out $(DEMO)/results.json
+	@echo "pictures: $(DEMO)/red_car.png $(DEMO)/tree.png   numbers: $(DEMO)/results.json"
+
+test: install-dev
+	$(RUN) -m pytest -m "not slow"
+
+test-full: install-dev
+	$(RUN) -m pytest
+
+lint: install-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: install-dev
+	@for file in benchmarks/*.py; do echo "== $$file"; $(RUN) $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) $(DEMO)

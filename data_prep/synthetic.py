@@ -1,0 +1,135 @@
+"""Writes a small synthetic driving world in nuScenes' on-disk layout.
+
+    python -m data_prep.synthetic --out DIR --scenes 20 --keyframes 8 --seed 0 --image_scale 0.25
+
+Scenes with roads, pavements, grass, buildings, trees, vehicles, people, cones and barriers are drawn from the seed and
+seen by six cameras and a 32-beam lidar, all by ray tracing of the same surfaces. The files depend on the seed and the
+flags alone, not on the number of workers. `data_prep.build --version v1.0-trainval --split train|val` reads them.
+
+In DIR, beside nuScenes' tables (version v1.0-trainval, key frames only), samples/, lidarseg/ and maps/:
+
+world.json            generator version, seed, flags, names of the scenes of both splits; "complete" when all is written
+captions.json         one entry for every thing of every scene: scene_name, number (1-based within the scene),
+                      instance_token ("" for what nuScenes does not box: ground, buildings, trees, walls, posts),
+                      category, lidarseg_index, noun, colour ("" where it has none), caption ("a red car")
+segmentation/CAM/STEM.png   uint8, raw lidarseg index of every 4 x 4 pixels of the image STEM.jpg, 255 is the sky
+things/CAM/STEM.png         uint16, thing number likewise, 0 is the sky; both have height // 4 rows, width // 4 columns
+                            and hold what is at pixel (4i + 2, 4j + 2)
+annotations_2d.json   one entry per image: sample_token, scene_name, camera, filename, and objects: number,
+                      instance_token, category, lidarseg_index, caption, pixels (visible), box [u0, v0, u1, v1]
+retrieval/            retrieval_anns_{train,val}.csv with lines `sample token;split;annotation;points;phrase` and
+                      annotations/*.npy, bool per point of the sweep: the layout of POP-3D's retrieval benchmark
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+from data_prep import parallel
+from data_prep.splits import scene_names
+from data_prep.world.recording import SceneTask, record_scene
+from data_prep.world.tables import write_tables
+from pop3d_jax.commands import run
+
+GENERATOR_VERSION = 1
+# A fifth of the scenes is held out, at least one.
+_VAL_SHARE = 0.2
+
+_OUT = flags.DEFINE_string("out", None, "Folder to write the world to; new, empty, or holding the same world.")
+_SCENES = flags.DEFINE_integer("scenes", 20, "Number of scenes, a fifth of them in the val split.", lower_bound=2)
+_KEYFRAMES = flags.DEFINE_integer("keyframes", 8, "Key frames of each scene, half a second apart.", 1, 40)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the world.", lower_bound=0)
+_IMAGE_SCALE = flags.DEFINE_float("image_scale", 0.25, "Size of the images as a share of 1600 x 900.", 0.02, 1.0)
+_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Number of processes.", lower_bound=1)
+
+
+class WorldError(ValueError):
+    """The world asked for cannot be written; says which flag to change."""
+
+
+def scenes_of(count: int) -> list[tuple[str, str]]:
+    """(name, split) of `count` scenes: names from the official train and val lists, about four to one.
+
+    Raises:
+      WorldError: fewer than two scenes, or more than the official lists have.
+    """
+    val = max(1, round(count * _VAL_SHARE))
+    names = {"train": scene_names("train"), "val": scene_names("val")}
+    if count < 2 or count - val > len(names["train"]) or val > len(names["val"]):
+        most = len(names["train"]) + len(names["val"])
+        raise WorldError(f"--scenes {count}: a world has 2 to {most} scenes, which take their names from nuScenes")
+    return [(name, "train") for name in names["train"][: count - val]] + [(name, "val") for name in names["val"][:val]]
+
+
+def _claim(out: Path, world: dict[str, Any]) -> bool:
+    """Whether the folder still needs (more of) this world.
+
+    Raises:
+      WorldError: the folder holds something else.
+    """
+    path = out / "world.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        complete = found.pop("complete", False)
+        if found != world:
+            differing = sorted(key for key in found.keys() | world.keys() if found.get(key) != world.get(key))
+            raise WorldError(f"--out {out} holds another world (differs in {', '.join(differing)}); name a new folder")
+        return not complete
+    if out.exists() and any(out.iterdir()):
+        raise WorldError(f"--out {out} is not empty and holds no world; name a new folder")
+    return True
+
+
+def _write_world(out: Path, world: dict[str, Any], complete: bool) -> None:
+    temporary = out / "world.json.partial"
+    temporary.write_text(json.dumps(world | {"complete": complete}, indent=1) + "\n")
+    temporary.replace(out / "world.json")
+
+
+def build_world(out: Path, scenes: int, keyframes: int, seed: int, image_scale: float, workers: int) -> bool:
+    """Writes the world, unless the folder already holds it; returns whether it wrote.
+
+    Raises:
+      WorldError: the folder holds something else, or there are not enough scene names.
+    """
+    named = scenes_of(scenes)
+    world = {
+        "generator_version": GENERATOR_VERSION,
+        "seed": seed,
+        "image_scale": image_scale,
+        "scenes": scenes,
+        "keyframes": keyframes,
+        "train_scenes": [name for name, split in named if split == "train"],
+        "val_scenes": [name for name, split in named if split == "val"],
+    }
+    if not _claim(out, world):
+        return False
+    out.mkdir(parents=True, exist_ok=True)
+    _write_world(out, world, complete=False)
+    tasks = [
+        SceneTask(out, seed, index, name, split, keyframes, image_scale) for index, (name, split) in enumerate(named)
+    ]
+    write_tables(out, parallel.run(record_scene, tasks, workers, "recording scenes"))
+    _write_world(out, world, complete=True)
+    return True
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    out = Path(_OUT.value)
+    try:
+        wrote = build_world(out, _SCENES.value, _KEYFRAMES.value, _SEED.value, _IMAGE_SCALE.value, _WORKERS.value)
+    except WorldError as error:
+        logging.error("%s", error)
+        return 1
+    logging.info("%s %s", out, "is written" if wrote else "holds this world already; nothing to do")
+    return 0
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("out")
+    run(main)

@@ -1,0 +1,1 @@
+"""The synthetic driving world: layout of scenes, ray-traced cameras and lidar, nuScenes tables."""

@@ -1,0 +1,325 @@
+"""Batches from records: one pure function from (seed, step) to a batch, for any number of workers and hosts.
+
+The global order is a shuffle of all records per epoch, drawn from the seed alone. Host h of H takes the elements
+h, h + H, h + 2H, ... of it, so that the hosts together hold what one host would. Element i of the order draws its
+augmentation from (seed, i). The position of the pipeline is therefore one integer, the step.
+
+No TensorFlow in here: worker processes start quickly and stay small.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from pop3d_jax.data.augment import photometric_distortion
+from pop3d_jax.data.records import KeyFrame, RecordSource
+from pop3d_jax.data.visibility import visible_pairs
+from pop3d_jax.geometry import lidar_to_image
+from pop3d_jax.nuscenes import CAMERAS, IMAGE_MEAN_BGR, LIDARSEG_TO_CLASS
+
+# Endless for any training, and still a length that fits an index.
+_EPOCHS = 2**31
+_PAD_MULTIPLE = 32  # the coarsest stride of the backbone, as official
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSettings:
+    """How one key frame becomes arrays of fixed shape.
+
+    Attributes:
+      image_hw: height and width the six images are resized to before padding; 900 x 1600 leaves nuScenes' alone.
+      teacher_image_hw: size of the images for the teacher, or None when there is no teacher.
+      max_points: capacity for lidar points; a sweep of nuScenes has about 34,700.
+      max_feature_points: capacity for (point, camera) pairs that the teacher supervises.
+      sample_feature_points: above 0, this many of those pairs are drawn at random each time (training only): a
+        cheaper step, not a loss of data, since every epoch draws others. 0 takes all.
+      photometric: whether brightness, contrast, saturation and hue are distorted (training).
+      swap_channels: whether that includes a random order of the colour channels, as official. It makes colours
+        meaningless to the student, which is not wanted where phrases name colours.
+      images: False leaves images out altogether (statistics over points and labels only).
+    """
+
+    image_hw: tuple[int, int]
+    teacher_image_hw: tuple[int, int] | None
+    max_points: int
+    max_feature_points: int
+    sample_feature_points: int = 0
+    photometric: bool = False
+    swap_channels: bool = True
+    images: bool = True
+
+    @property
+    def padded_hw(self) -> tuple[int, int]:
+        """Size of the network's input: `image_hw` rounded up to multiples of 32."""
+        height, width = (-(-side // _PAD_MULTIPLE) * _PAD_MULTIPLE for side in self.image_hw)
+        return height, width
+
+
+def decode_image(
+    jpeg: bytes, at_least_hw: tuple[int, int], name: str
+) -> tuple[UInt8[np.ndarray, "height width 3"], tuple[int, int]]:
+    """Decodes a JPEG to RGB, at a reduced scale where that still gives `at_least_hw` (libjpeg's scaled DCT).
+
+    Returns:
+      The pixels, and the height and width of the file at its full scale.
+
+    Raises:
+      ValueError: the bytes are no whole image; `name` tells whose.
+    """
+    try:
+        image = Image.open(io.BytesIO(jpeg))
+        full_hw = (image.height, image.width)
+        image.draft("RGB", (at_least_hw[1], at_least_hw[0]))
+        return np.asarray(image.convert("RGB")), full_hw
+    except (OSError, SyntaxError) as error:
+        raise ValueError(
+            f"the image of {name} cannot be decoded ({error}): the records are damaged, "
+            "check them with `python -m data_prep.build --check` and build them again"
+        ) from error
+
+
+def _resize(image: UInt8[np.ndarray, "h w 3"], hw: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
+    if image.shape[:2] == hw:
+        return image
+    return np.asarray(Image.fromarray(image).resize((hw[1], hw[0]), Image.Resampling.BILINEAR))
+
+
+def network_image(
+    rgb: UInt8[np.ndarray, "h w 3"],
+    padded_hw: tuple[int, int],
+    rng: np.random.Generator | None,
+    swap_channels: bool = True,
+) -> Float[np.ndarray, "height width 3"]:
+    """RGB pixels to network input: BGR, distorted when `rng` is given, minus the mean, zero-padded bottom and right."""
+    bgr = rgb[..., ::-1].astype(np.float32)
+    if rng is not None:
+        bgr = photometric_distortion(bgr, rng, swap_channels=swap_channels)
+    padded = np.zeros((*padded_hw, 3), np.float32)
+    padded[: rgb.shape[0], : rgb.shape[1]] = bgr - np.asarray(IMAGE_MEAN_BGR, np.float32)
+    return padded
+
+
+def _images(key_frame: KeyFrame, settings: ExampleSettings, rng: np.random.Generator | None) -> tuple[Batch, list]:
+    wanted = [settings.image_hw] + ([settings.teacher_image_hw] if settings.teacher_image_hw else [])
+    at_least = tuple(max(sides) for sides in zip(*wanted, strict=True))
+    pixels, full_sizes = zip(
+        *(
+            decode_image(jpeg, at_least, f"sample {key_frame.sample_token}, {camera}")
+            for jpeg, camera in zip(key_frame.images, CAMERAS, strict=True)
+        ),
+        strict=True,
+    )
+    arrays = {
+        "images": np.stack(
+            [
+                network_image(_resize(image, settings.image_hw), settings.padded_hw, rng, settings.swap_channels)
+                for image in pixels
+            ]
+        )
+    }
+    if settings.teacher_image_hw:
+        arrays["teacher_images"] = np.stack([_resize(image, settings.teacher_image_hw) for image in pixels])
+    return arrays, list(full_sizes)
+
+
+def _image_sizes(key_frame: KeyFrame) -> list[tuple[int, int]]:
+    sizes = []
+    for jpeg in key_frame.images:
+        with Image.open(io.BytesIO(jpeg)) as image:  # reads the header only
+            sizes.append((image.height, image.width))
+    return sizes
+
+
+def _spread(count: int, capacity: int) -> np.ndarray:
+    """Indices of the elements kept: all, or `capacity` of them spread evenly over the order of the sweep."""
+    return np.arange(count) if count <= capacity else np.linspace(0, count - 1, capacity).round().astype(np.int64)
+
+
+def _pad(array: np.ndarray, keep: np.ndarray, capacity: int) -> np.ndarray:
+    padded = np.zeros((capacity, *array.shape[1:]), array.dtype)
+    padded[: len(keep)] = array[keep]
+    return padded
+
+
+def make_example(key_frame: KeyFrame, settings: ExampleSettings, rng: np.random.Generator | None) -> Batch:
+    """Arrays of one key frame.
+
+    Args:
+      key_frame: the record.
+      settings: sizes and capacities.
+      rng: source of the photometric distortion (used only when `settings.photometric`) and of the sample of
+        feature points; None for evaluation.
+
+    Returns:
+      images [6, H, W, 3] float32; teacher_images [6, h, w, 3] uint8 RGB; lidar_to_image [6, 4, 4] float32 for the
+      resized images; points [n, 3] float32 metres (lidar frame), point_labels [n] uint8 (classes 0..16; 0 where
+      the dataset has none), point_mask [n]; feature_points [m, 3], feature_cameras [m] int32, feature_pixels [m, 2]
+      float32 (row, column of the pixel's centre as fractions of the image), feature_mask [m]; has_labels, and
+      points_left_out / feature_points_left_out: how many did not fit into the capacities.
+
+    Raises:
+      ValueError: an image cannot be decoded.
+    """
+    if settings.images:
+        arrays, sizes = _images(key_frame, settings, rng if settings.photometric else None)
+    else:
+        arrays, sizes = {}, _image_sizes(key_frame)
+    if len(set(sizes)) != 1:
+        raise ValueError(f"sample {key_frame.sample_token}: the six images differ in size: {sizes}")
+    full_hw = sizes[0]
+    scale = np.diag([settings.image_hw[1] / full_hw[1], settings.image_hw[0] / full_hw[0], 1.0])
+    arrays["lidar_to_image"] = lidar_to_image(scale @ key_frame.intrinsics, key_frame.lidar_to_camera).astype(
+        np.float32
+    )
+
+    xyz = key_frame.points[:, :3]
+    labelled = len(key_frame.lidarseg) > 0
+    classes = LIDARSEG_TO_CLASS[key_frame.lidarseg] if labelled else np.zeros(len(xyz), np.uint8)
+    keep = _spread(len(xyz), settings.max_points)
+    arrays["points"] = _pad(xyz, keep, settings.max_points)
+    arrays["point_labels"] = _pad(classes, keep, settings.max_points)
+    arrays["point_mask"] = np.arange(settings.max_points) < len(keep)
+
+    index, camera, pixel = visible_pairs(xyz, key_frame.intrinsics, key_frame.lidar_to_camera, full_hw)
+    pairs = np.arange(len(index))
+    if rng is not None and 0 < settings.sample_feature_points < len(index):
+        pairs = rng.choice(len(index), settings.sample_feature_points, replace=False, shuffle=False)
+    wanted = len(pairs)
+    pairs = pairs[_spread(wanted, settings.max_feature_points)]
+    centres = ((pixel + 0.5) / np.asarray(full_hw)).astype(np.float32)
+    arrays["feature_points"] = _pad(xyz[index], pairs, settings.max_feature_points)
+    arrays["feature_point_labels"] = _pad(classes[index], pairs, settings.max_feature_points)
+    arrays["feature_cameras"] = _pad(camera.astype(np.int32), pairs, settings.max_feature_points)
+    arrays["feature_pixels"] = _pad(centres, pairs, settings.max_feature_points)
+    arrays["feature_mask"] = np.arange(settings.max_feature_points) < len(pairs)
+
+    arrays["has_labels"] = np.asarray(labelled)
+    arrays["points_left_out"] = np.asarray(len(xyz) - len(keep), np.int32)
+    arrays["feature_points_left_out"] = np.asarray(wanted - len(pairs), np.int32)
+    return arrays
+
+
+class _LoadTraining(grain.transforms.RandomMap):
+    """Element of the global order (a record's index) to its example; `rng` depends on (seed, position) only."""
+
+    def __init__(self, source: RecordSource, settings: ExampleSettings):
+        self._source = source
+        self._settings = settings
+
+    def random_map(self, element: int, rng: np.random.Generator) -> Batch:
+        example = make_example(self._source[int(element)], self._settings, rng)
+        return example | {"record_index": np.asarray(element, np.int64)}
+
+
+class _LoadEvaluation(grain.transforms.Map):
+    """Position to example; positions behind the last record repeat it, marked as not valid."""
+
+    def __init__(self, source: RecordSource, settings: ExampleSettings):
+        self._source = source
+        self._settings = settings
+
+    def map(self, element: int) -> Batch:
+        index = min(int(element), len(self._source) - 1)
+        example = make_example(self._source[index], self._settings, None)
+        return example | {
+            "record_index": np.asarray(index, np.int64),
+            "valid": np.asarray(element < len(self._source)),
+        }
+
+
+def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
+    # Threads overlap decoding with the step even without workers; a small buffer bounds the memory.
+    iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags; in a notebook nobody has parsed them
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        iterable = iterable.mp_prefetch(options)
+    return iter(iterable)
+
+
+def _check_shards(batch_size: int, host: int, hosts: int) -> int:
+    if not 0 <= host < hosts:
+        raise ValueError(f"host {host} of {hosts} hosts: the index counts from 0")
+    if batch_size % hosts:
+        raise ValueError(f"the global batch size {batch_size} does not divide among {hosts} hosts")
+    return batch_size // hosts
+
+
+def training_batches(
+    source: RecordSource,
+    settings: ExampleSettings,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    host: int = 0,
+    hosts: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Endless training batches from `start_step` on, each a function of (seed, step) alone.
+
+    Args:
+      source: the records.
+      settings: sizes, capacities and augmentation.
+      batch_size: global batch size, over all hosts.
+      seed: of the shuffle and the augmentation.
+      start_step: step of the first batch returned.
+      host: index of this host.
+      hosts: number of hosts; this one gets batch_size / hosts examples a step.
+      workers: decoding processes; 0 decodes in a thread of this process.
+
+    Yields:
+      Dictionaries of `make_example`'s arrays, stacked, and `record_index` [batch].
+
+    Raises:
+      ValueError: no records, or the batch does not divide among the hosts.
+    """
+    local = _check_shards(batch_size, host, hosts)
+    if len(source) == 0:
+        raise ValueError("the split has no records: build it with `python -m data_prep.build`")
+    dataset = (
+        grain.MapDataset.range(len(source))
+        .seed(seed)
+        .shuffle()
+        .repeat(_EPOCHS)
+        .random_map(_LoadTraining(source, settings))
+        .slice(slice(host, None, hosts))
+        .batch(local)
+        .slice(slice(start_step, None))
+    )
+    return _iterate(dataset, workers)
+
+
+def evaluation_batches(
+    source: RecordSource,
+    settings: ExampleSettings,
+    *,
+    batch_size: int,
+    host: int = 0,
+    hosts: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Every record once, in order; the last batch is filled up with examples whose `valid` is False.
+
+    Args and errors as in `training_batches`.
+    """
+    local = _check_shards(batch_size, host, hosts)
+    if settings.photometric:
+        raise ValueError("evaluation reads images undistorted: settings.photometric must be False")
+    padded = -(-len(source) // batch_size) * batch_size
+    dataset = (
+        grain.MapDataset.range(padded)
+        .map(_LoadEvaluation(source, settings))
+        .slice(slice(host, None, hosts))
+        .batch(local)
+    )
+    return _iterate(dataset, workers)

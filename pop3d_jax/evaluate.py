@@ -1,0 +1,208 @@
+"""Evaluates a trained run: python -m pop3d_jax.evaluate --workdir WORKDIR [--split val] [--out results.json]
+
+Prints occupancy IoU and zero-shot mIoU, per class, on the run's held-out split. With --baselines, predictors that do
+not look at the images or shuffle the words stand beside them; with --retrieval FOLDER, phrases are looked up as well.
+"""
+
+import json
+
+import jax
+import numpy as np
+from absl import flags, logging
+from etils import epath
+
+from pop3d_jax.baselines import constant_grid_iou, shuffled_prompts_miou
+from pop3d_jax.checkpoint import CheckpointError, Checkpoints
+from pop3d_jax.commands import run, stop_with_message
+from pop3d_jax.data.pipeline import evaluation_batches
+from pop3d_jax.data.records import RecordError, RecordSource
+from pop3d_jax.evaluator import SEMANTIC_CLASSES, Evaluator, Results, headline
+from pop3d_jax.experiment import example_settings, make_student, restored_parts
+from pop3d_jax.metrics import mean_iou
+from pop3d_jax.nuscenes import CLASS_NAMES
+from pop3d_jax.retrieval import PhraseScore, Retrieval, RetrievalError, read_queries
+from pop3d_jax.sharding import make_mesh, replicated
+from pop3d_jax.teacher import load_teacher
+from pop3d_jax.workdir import WorkdirError, read_config
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that pop3d_jax.train wrote.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
+_SPLIT = flags.DEFINE_string("split", None, "Split of the records; the run's config.data.eval_split by default.")
+_RECORDS = flags.DEFINE_string("records", None, "Folder of the records; the run's own by default.")
+_OUT = flags.DEFINE_string("out", None, "Also write the numbers to this JSON file.")
+_BASELINES = flags.DEFINE_bool("baselines", False, "Also score the best constant grid and shuffled class prompts.")
+_RETRIEVAL = flags.DEFINE_string("retrieval", None, "Folder of a retrieval benchmark (retrieval_anns_SPLIT.csv).")
+
+_SHUFFLES = 5
+
+
+def evaluate(
+    workdir: epath.PathLike,
+    *,
+    step: int | None = None,
+    split: str | None = None,
+    records: str | None = None,
+    baselines: bool = False,
+    retrieval_dir: str | None = None,
+) -> dict:
+    """Evaluates a checkpoint.
+
+    Args:
+      workdir: folder of the run.
+      step: of the checkpoint; the newest by default.
+      split, records: what to evaluate on; the run's own by default.
+      baselines: also score the baselines.
+      retrieval_dir: also score the phrases of this benchmark folder.
+
+    Returns:
+      Everything the table shows, ready for JSON: scores in percent, per-class IoU, counts.
+    """
+    workdir = epath.Path(workdir)
+    config = read_config(workdir)
+    split = split or config.data.eval_split
+    records = records or config.data.records
+    mesh = make_mesh(config.mesh.data, config.mesh.camera)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    step = checkpoints.latest_step() if step is None else step
+    student = make_student(config)
+    restored = checkpoints.restore(restored_parts(student), replicated(mesh), step)
+    source = RecordSource(records, split)
+    settings = example_settings(config, training=False)
+
+    text_cache = workdir / "text_cache"
+    evaluator = Evaluator(student, load_teacher(config.teacher).clip, mesh, text_cache)
+    retrieval = None
+    if retrieval_dir:
+        retrieval = Retrieval(read_queries(retrieval_dir, split), source, evaluator.clip, text_cache)
+    results = evaluator.run(
+        restored["parameters"],
+        restored["statistics"],
+        evaluation_batches(
+            source,
+            settings,
+            batch_size=config.eval_batch_size,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            workers=config.data.workers,
+        ),
+        -(-len(source) // config.eval_batch_size),
+        retrieval,
+    )
+    report = {
+        "workdir": str(workdir),
+        "step": step,
+        "split": split,
+        "frames": results.frames,
+        "scores": headline(results),
+        "per_class_iou": _per_class(results),
+        "confusion_voxels_all": results.voxels_all.tolist(),
+        "confusion_occupancy": results.occupancy.tolist(),
+    }
+    if baselines:
+        plain = example_settings(config, training=False, images=False)
+        train = RecordSource(config.data.records, config.data.train_split)
+        shuffled = shuffled_prompts_miou(results.voxels_occupied, _SHUFFLES)
+        report["baselines"] = {
+            "occupancy_iou_best_constant_grid": 100.0 * constant_grid_iou(train, source, plain, student.volume),
+            "miou_voxels_occupied_shuffled_prompts": float(np.mean(shuffled)),
+            "miou_voxels_occupied_each_shuffle": shuffled,
+        }
+    if retrieval is not None:
+        report["retrieval"] = [
+            {
+                "phrase": row.phrase,
+                "average_precision": 100.0 * row.average_precision,
+                "matching_share": 100.0 * row.matching_share,
+                "frames": row.frames,
+            }
+            for row in retrieval.table()
+        ]
+    return report
+
+
+def _per_class(results: Results) -> dict[str, dict[str, float | None]]:
+    """IoU in percent of each class that occurs as a target; None where it does not."""
+
+    def by_name(confusion: np.ndarray, classes: tuple[int, ...]) -> dict[str, float | None]:
+        scores = mean_iou(confusion, classes)
+        return {
+            CLASS_NAMES[index]: value if present else None
+            for index, value, present in zip(classes, scores.per_class, scores.present, strict=True)
+        }
+
+    return {
+        "voxels_all": by_name(results.voxels_all, (*SEMANTIC_CLASSES, len(CLASS_NAMES) - 1)),
+        "voxels_occupied": by_name(results.voxels_occupied, SEMANTIC_CLASSES),
+        "points": by_name(results.points, SEMANTIC_CLASSES),
+    }
+
+
+def format_table(report: dict) -> str:
+    """The report as a person reads it."""
+    scores, baselines = report["scores"], report.get("baselines", {})
+    lines = [
+        f"{report['workdir']}, step {report['step']}, split {report['split']}: {report['frames']} key frames",
+        "",
+        f"{'score (percent)':<42}{'this run':>10}{'baseline':>10}{'ratio':>8}",
+    ]
+
+    def row(name: str, value: float, baseline: float | None = None, note: str = "") -> None:
+        beside = f"{baseline:>10.2f}{value / baseline:>8.2f}" if baseline else f"{'-':>10}{'-':>8}"
+        lines.append(f"{name:<42}{value:>10.2f}{beside}  {note}".rstrip())
+
+    row(
+        "occupancy IoU, observed voxels",
+        scores["occupancy_iou"],
+        baselines.get("occupancy_iou_best_constant_grid"),
+        "best constant grid" if baselines else "",
+    )
+    row(
+        "zero-shot mIoU, occupied voxels",
+        scores["miou_voxels_occupied"],
+        baselines.get("miou_voxels_occupied_shuffled_prompts"),
+        f"class prompts shuffled, mean of {_SHUFFLES}" if baselines else "",
+    )
+    row("zero-shot mIoU, all observed voxels", scores["miou_voxels_all"])
+    row("zero-shot mIoU, lidar points", scores["miou_points"])
+    lines += ["Means are over the classes that occur. The official code counts absent classes as 100:"]
+    row("  all observed voxels, official mean", scores["miou_voxels_all_official"])
+
+    classes = report["per_class_iou"]
+    lines += ["", f"{'IoU per class (percent)':<24}{'all voxels':>12}{'occupied':>12}{'points':>12}"]
+    for name in classes["voxels_all"]:
+        values = [classes[kind].get(name) for kind in ("voxels_all", "voxels_occupied", "points")]
+        if any(value is not None for value in values):
+            lines.append(f"{name:<24}" + "".join(f"{'-':>12}" if v is None else f"{v:>12.2f}" for v in values))
+    if "retrieval" in report:
+        lines += ["", f"{'phrase (percent)':<24}{'AP':>12}{'share':>12}{'AP / share':>12}{'frames':>8}"]
+        for entry in report["retrieval"]:
+            scored = PhraseScore(entry["phrase"], entry["average_precision"], entry["matching_share"], entry["frames"])
+            lines.append(
+                f"{scored.phrase:<24}{scored.average_precision:>12.2f}{scored.matching_share:>12.2f}"
+                f"{scored.average_precision / scored.matching_share:>12.2f}{scored.frames:>8}"
+            )
+        lines.append("AP: average precision over all points of the sweep; share: of points that match the phrase.")
+    return "\n".join(lines)
+
+
+def main(_: list[str]) -> None:
+    with stop_with_message(WorkdirError, CheckpointError, RecordError, RetrievalError, ValueError, FileNotFoundError):
+        report = evaluate(
+            _WORKDIR.value,
+            step=_STEP.value,
+            split=_SPLIT.value,
+            records=_RECORDS.value,
+            baselines=_BASELINES.value,
+            retrieval_dir=_RETRIEVAL.value,
+        )
+        print(format_table(report))
+        if _OUT.value:
+            path = epath.Path(_OUT.value)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(report, indent=2))
+            logging.info("numbers: %s", path)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir"])
+    run(main)

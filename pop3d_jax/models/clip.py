@@ -1,0 +1,287 @@
+"""CLIP as one module, and its Hugging Face folder: loaded and saved without PyTorch.
+
+Config and tokenizer are read by `transformers`, weights from safetensors (one file or shards with an index).
+"""
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pop3d_jax.models.clip_towers import TextConfig, TextTower, VisionConfig, VisionTower
+
+# Our parameter paths -> the names `transformers` gives them. Blocks have the same names in both.
+_RENAMES = (
+    ("vision.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("vision.patch_embedding", "vision_model.embeddings.patch_embedding.weight"),
+    ("vision.position_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("vision.pre_layernorm.", "vision_model.pre_layrnorm."),  # misspelt in every published checkpoint
+    ("vision.layers.", "vision_model.encoder.layers."),
+    ("vision.post_layernorm.", "vision_model.post_layernorm."),
+    ("vision.projection.", "visual_projection."),
+    ("text.token_embedding", "text_model.embeddings.token_embedding.weight"),
+    ("text.position_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("text.layers.", "text_model.encoder.layers."),
+    ("text.final_layer_norm.", "text_model.final_layer_norm."),
+    ("text.projection.", "text_projection."),
+    ("logit_scale", "logit_scale"),
+)
+# Old checkpoints carry these counters 0, 1, 2, ...; they are not parameters.
+_BUFFERS = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")
+# OpenAI's configs say 2, a mistake kept for compatibility: the end token is then the largest id.
+_LEGACY_END_TOKEN = 2
+_CONVERSION_AUTHOR, _CONVERSION_TITLE = "SFconvertbot", "Adding `safetensors` variant of this model"
+
+
+class CLIP(nnx.Module):
+    """Both towers and the learned temperature: similarity = exp(logit_scale) * cosine."""
+
+    def __init__(self, vision: VisionConfig, text: TextConfig, *, dtype: str = "float32", rngs: nnx.Rngs):
+        self.vision = VisionTower(vision, dtype=dtype, rngs=rngs)
+        self.text = TextTower(text, dtype=dtype, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedCLIP:
+    """A CLIP with its tokenizer (`transformers` tokenizer), its `transformers` config and where it came from."""
+
+    model: CLIP
+    tokenizer: Any
+    config: Any
+    name: str
+
+
+def tower_configs(config: Any) -> tuple[VisionConfig, TextConfig]:
+    """Sizes of both towers from a `transformers.CLIPConfig`.
+
+    Raises:
+      ValueError: the vision tower does not take three channels.
+    """
+    vision, text = config.vision_config, config.text_config
+    if vision.num_channels != 3:
+        raise ValueError(f"a CLIP for {vision.num_channels} channels; pictures here have 3")
+
+    def common(tower: Any) -> dict[str, Any]:
+        return {
+            "width": tower.hidden_size,
+            "layers": tower.num_hidden_layers,
+            "heads": tower.num_attention_heads,
+            "mlp_width": tower.intermediate_size,
+            "embedding": config.projection_dim,
+            "activation": tower.hidden_act,
+            "layer_norm_epsilon": tower.layer_norm_eps,
+        }
+
+    end_token = text.vocab_size - 1 if text.eos_token_id == _LEGACY_END_TOKEN else text.eos_token_id
+    return (
+        VisionConfig(image_size=vision.image_size, patch_size=vision.patch_size, **common(vision)),
+        TextConfig(
+            vocabulary=text.vocab_size,
+            positions=text.max_position_embeddings,
+            end_token=end_token,
+            **common(text),
+        ),
+    )
+
+
+def load_clip(name_or_path: str | os.PathLike[str], *, dtype: str = "float32") -> LoadedCLIP:
+    """Loads a CLIP.
+
+    Args:
+      name_or_path: a folder in Hugging Face format, or a hub name such as `openai/clip-vit-base-patch16`, which is
+        downloaded once into the Hugging Face cache; `name@revision` picks a revision.
+      dtype: what the towers compute in; parameters are always float32.
+
+    Raises:
+      FileNotFoundError: no such folder or hub name, or a file of it is missing.
+      ValueError: the folder holds something else than a CLIP, has weights in PyTorch's format only, or its tensors
+        are not exactly those of its config (all missing, unknown and misshapen keys are listed).
+    """
+    name = os.fspath(name_or_path)
+    folder = Path(name) if Path(name).is_dir() else _download(name)
+    config = _read_config(folder, name)
+    weights = _weight_files(folder, name)
+    vision, text = tower_configs(config)
+    abstract = nnx.eval_shape(lambda: CLIP(vision, text, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = _with_weights(abstract, weights, name)
+    tokenizer = _read_tokenizer(folder, name)
+    if len(tokenizer) > text.vocabulary:
+        raise ValueError(
+            f"{name}: the tokenizer knows {len(tokenizer)} tokens, the text tower {text.vocabulary}: they do not "
+            "belong together; copy the tokenizer files that came with the weights"
+        )
+    return LoadedCLIP(model, tokenizer, config, name)
+
+
+def save_clip(
+    folder: str | os.PathLike[str], model: CLIP, config: Any, tokenizer: Any, *, readme: str | None = None
+) -> None:
+    """Writes a folder that `load_clip` and `transformers` load: config, weights, tokenizer files.
+
+    Args:
+      folder: created if need be; files of an earlier save are overwritten.
+      model: the towers; their sizes must be those of `config`.
+      config: a `transformers.CLIPConfig`.
+      tokenizer: a `transformers.CLIPTokenizer`.
+      readme: text of the model card, if any.
+
+    Raises:
+      ValueError: sizes of model and config differ.
+    """
+    if tower_configs(config) != (model.vision.config, model.text.config):
+        raise ValueError(f"cannot save to {folder}: the config does not describe this model")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        key: np.array(_to_published(np.asarray(parameter[...], np.float32), path), order="C")
+        for path, key, parameter in _named_parameters(model)
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = ["CLIPModel"]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for older readers
+    if readme is not None:
+        (folder / "README.md").write_text(readme)
+
+
+def _download(name: str) -> Path:
+    if (name.count("/") > 1 and "@" not in name) or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no such folder: {name}")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    name, _, revision = name.partition("@")
+    patterns = ["*.json", "*.txt", "model*.safetensors"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        if not any(folder.glob("model*.safetensors")) and not revision:
+            # OpenAI's older repositories have safetensors only in a pull request of the hub's conversion bot.
+            pulls = HfApi().get_repo_discussions(name, author=_CONVERSION_AUTHOR, discussion_type="pull_request")
+            for pull in pulls:
+                if pull.title == _CONVERSION_TITLE:
+                    return Path(snapshot_download(name, revision=pull.git_reference, allow_patterns=patterns))
+        return folder
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise FileNotFoundError(
+            f"{name} is neither a folder here nor a model that could be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {error}). Check the name and the network, or give a local CLIP folder"
+        ) from error
+
+
+def _read_config(folder: Path, name: str) -> Any:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name} is no CLIP folder: it has no config.json (Hugging Face format)")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
+    from transformers import AutoConfig
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # transformers leaves the file for the garbage collector
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{name} is no CLIP folder: transformers cannot read its config.json: {error}") from error
+    if config.model_type != "clip":
+        raise ValueError(f"{name} is no CLIP: its config.json says model_type {config.model_type!r}")
+    return config
+
+
+def _read_tokenizer(folder: Path, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise FileNotFoundError(f"{name} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def _weight_files(folder: Path, name: str) -> dict[str, Path]:
+    """Which file holds which tensor."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        places = json.loads(index.read_text())["weight_map"]
+        absent = sorted({file for file in places.values() if not (folder / file).is_file()})
+        if absent:
+            raise FileNotFoundError(f"{name}: shards named by {index.name} are missing: {', '.join(absent)}")
+        return {key: folder / file for key, file in places.items()}
+    single = folder / "model.safetensors"
+    if single.is_file():
+        try:
+            with safe_open(single, framework="numpy") as file:
+                return dict.fromkeys(file.keys(), single)
+        except SafetensorError as error:
+            raise ValueError(f"{single} is no whole safetensors file: {error}") from error
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise ValueError(
+            f"{name} has weights in PyTorch's format only. Convert them once, where torch is installed: python -c "
+            f"\"from transformers import CLIPModel; CLIPModel.from_pretrained('{name}').save_pretrained('OUT')\", "
+            "copy the tokenizer files beside them, and name OUT"
+        )
+    raise FileNotFoundError(f"{name} has no weights: neither model.safetensors nor {index.name}")
+
+
+def _named_parameters(model: CLIP) -> Iterator[tuple[tuple[Any, ...], str, nnx.Variable]]:
+    """(our path, published key, parameter) of every parameter."""
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        key = ".".join(map(str, path))
+        ours, published = next(rename for rename in _RENAMES if key.startswith(rename[0]))
+        key = published + key.removeprefix(ours)
+        yield path, key.replace(".kernel", ".weight").replace(".scale", ".weight"), parameter
+
+
+def _to_published(array: np.ndarray, path: tuple[Any, ...]) -> np.ndarray:
+    """Our layout to PyTorch's: linear [in, out] to [out, in], patches HWIO to OIHW. `_from_published` undoes it."""
+    if path[-1] == "kernel":
+        return array.T
+    return array.transpose(3, 2, 0, 1) if path[-1] == "patch_embedding" else array
+
+
+def _from_published(array: np.ndarray, path: tuple[Any, ...]) -> np.ndarray:
+    if path[-1] == "kernel":
+        return array.T
+    return array.transpose(2, 3, 1, 0) if path[-1] == "patch_embedding" else array
+
+
+def _published_shape(shape: tuple[int, ...], path: tuple[Any, ...]) -> tuple[int, ...]:
+    return _to_published(np.broadcast_to(np.float32(0), shape), path).shape
+
+
+def _with_weights(abstract: CLIP, files: dict[str, Path], name: str) -> CLIP:
+    """The model with the tensors of the files, after a strict check of keys and shapes."""
+    wanted = {key: (path, parameter) for path, key, parameter in _named_parameters(abstract)}
+    given: dict[str, np.ndarray] = {}
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="numpy") as opened:
+            held = set(opened.keys())
+            given |= {key: opened.get_tensor(key) for key, place in files.items() if place == file and key in held}
+    missing = sorted(set(wanted) - set(given))
+    unknown = sorted(set(given) - set(wanted) - set(_BUFFERS))
+    misshapen = [
+        f"{key}: {given[key].shape}, the config says {shape}"
+        for key, (path, parameter) in sorted(wanted.items())
+        if key in given and given[key].shape != (shape := _published_shape(parameter.shape, path))
+    ]
+    problems = [
+        f"{len(keys)} {title}:\n    " + "\n    ".join(keys)
+        for title, keys in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"{name}: the tensors are not those of its config\n  " + "\n  ".join(problems))
+    graph, _ = nnx.split(abstract)
+    flat = [
+        (path, parameter.replace(jnp.asarray(_from_published(given[key], path), jnp.float32)))
+        for key, (path, parameter) in wanted.items()
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -1,0 +1,194 @@
+"""POP-3D (Vobecky et al. 2023): surround images to voxel occupancy and language-aligned voxel features."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from pop3d_jax.models.fpn import FPN
+from pop3d_jax.models.heads import Pop3DOutput, TPVHeads
+from pop3d_jax.models.resnet import ResNet
+from pop3d_jax.models.tpv import Capture, TPVEncoder
+from pop3d_jax.ops.deformable_attention import Implementation
+
+_TRIPLES = (
+    "grid_size",
+    "volume_minimum",
+    "volume_maximum",
+    "cross_attention_anchors",
+    "cross_attention_points",
+    "upscale",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pop3DConfig:
+    """Sizes of the network; the defaults are the published one (64.6 M parameters).
+
+    Triples follow (x, y, z), those of ``cross_attention_*`` the planes (hw, zh, wz). ``grid_mask`` says that training
+    hides stripes of the images; the training step does it, the network does not know. ``remat`` says what the backward
+    pass computes again instead of remembering: nothing, the encoder's layers, or those and the backbone's blocks.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+
+    backbone_depth: int = 101
+    backbone_blocks: Sequence[int] | None = None
+    backbone_width: int = 64
+    deformable_stages: Sequence[bool] = (False, False, True, True)
+    grid_size: Sequence[int] = (100, 100, 8)
+    volume_minimum: Sequence[float] = (-51.2, -51.2, -5.0)
+    volume_maximum: Sequence[float] = (51.2, 51.2, 3.0)
+    num_cameras: int = 6
+    num_levels: int = 4
+    embed_dims: int = 256
+    num_heads: int = 8
+    num_layers: int = 3
+    self_attention_points: int = 4
+    cross_attention_anchors: Sequence[int] = (4, 32, 32)
+    cross_attention_points: Sequence[int] = (8, 64, 64)
+    feedforward_dims: int = 512
+    dropout: float = 0.1
+    occupancy_classes: int = 2
+    hidden_dims: int = 512
+    out_dims: int = 256
+    decoder_layers: int = 2
+    feature_dim: int = 512
+    feature_hidden_dims: int = 1024
+    feature_out_dims: int = 1024
+    feature_decoder_layers: int = 2
+    upscale: Sequence[int] = (1, 1, 1)
+    grid_mask: bool = True
+    attention_implementation: Implementation = "gather"
+    compute_dtype: str = "float32"
+    remat: str = "encoder"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # config files and JSON have lists
+                object.__setattr__(self, field.name, tuple(value))
+        for name in _TRIPLES:
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"model.{name} = {getattr(self, name)} must have three entries")
+        if self.embed_dims % self.num_heads or self.embed_dims % 2:
+            raise ValueError(
+                f"model.embed_dims = {self.embed_dims} must be even and a multiple of num_heads = {self.num_heads}"
+            )
+        for points, anchors in zip(self.cross_attention_points, self.cross_attention_anchors, strict=True):
+            if points % anchors:
+                raise ValueError(
+                    f"model.cross_attention_points = {self.cross_attention_points} must be multiples of "
+                    f"cross_attention_anchors = {self.cross_attention_anchors}"
+                )
+        if self.remat not in ("none", "encoder", "all"):
+            raise ValueError(f"model.remat = {self.remat!r} must be 'none', 'encoder' or 'all'")
+        if self.decoder_layers < 1 or self.feature_decoder_layers < 1:
+            raise ValueError("model.decoder_layers and model.feature_decoder_layers must be at least 1")
+
+
+class Pop3D(nnx.Module):
+    """The whole network. Holds no random state: dropout takes its key with the call."""
+
+    def __init__(self, config: Pop3DConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        dtype = jnp.dtype(config.compute_dtype)
+        self.backbone = ResNet(
+            config.backbone_depth,
+            blocks=config.backbone_blocks,
+            width=config.backbone_width,
+            deformable_stages=config.deformable_stages,
+            dtype=dtype,
+            remat=config.remat == "all",
+            rngs=rngs,
+        )
+        self.neck = FPN(self.backbone.out_channels, config.embed_dims, config.num_levels, dtype=dtype, rngs=rngs)
+        self.encoder = TPVEncoder(
+            config.grid_size,
+            config.volume_minimum,
+            config.volume_maximum,
+            num_cameras=config.num_cameras,
+            num_levels=config.num_levels,
+            num_layers=config.num_layers,
+            embed_dims=config.embed_dims,
+            num_heads=config.num_heads,
+            self_attention_points=config.self_attention_points,
+            cross_attention_anchors=config.cross_attention_anchors,
+            cross_attention_points=config.cross_attention_points,
+            feedforward_dims=config.feedforward_dims,
+            dropout_rate=config.dropout,
+            remat=config.remat != "none",
+            implementation=config.attention_implementation,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.heads = TPVHeads(
+            config.grid_size,
+            config.upscale,
+            embed_dims=config.embed_dims,
+            occupancy_classes=config.occupancy_classes,
+            hidden_dims=config.hidden_dims,
+            out_dims=config.out_dims,
+            decoder_layers=config.decoder_layers,
+            feature_dim=config.feature_dim,
+            feature_hidden_dims=config.feature_hidden_dims,
+            feature_out_dims=config.feature_out_dims,
+            feature_decoder_layers=config.feature_decoder_layers,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        images: Float[Array, "batch camera height width 3"],
+        lidar_to_image: Float[Array, "batch camera 4 4"],
+        points: Float[Array, "batch points 3"] | None = None,
+        feature_points: Float[Array, "batch feature_points 3"] | None = None,
+        *,
+        voxel_features: bool = True,
+        dropout_key: PRNGKeyArray | Array | None = None,
+        capture: Capture = None,
+    ) -> Pop3DOutput:
+        """Predicts.
+
+        Args:
+            images: BGR minus the mean, padded with zeros at the bottom and right to multiples of 32.
+            lidar_to_image: lidar metres to (u * depth, v * depth, depth, 1), pixels of ``images``.
+            points: where to predict occupancy besides the voxels, in grid cells (`voxels.grid_coordinates`).
+            feature_points: where to predict features besides the voxels, in grid cells.
+            voxel_features: whether to predict features at every voxel.
+            dropout_key: key of this step's dropout; None means inference.
+            capture: a dict that receives intermediate arrays by name, for tests and studies.
+
+        Raises:
+            ValueError: the number of cameras is not the config's, or the images are not padded.
+        """
+        batch, camera, height, width, _ = images.shape
+        if camera != self.config.num_cameras:
+            raise ValueError(f"the network has {self.config.num_cameras} cameras, the images {camera}")
+        if height % 32 or width % 32:
+            raise ValueError(f"images of {height} x {width} pixels must be padded to multiples of 32")
+        maps = self.backbone(images.reshape(batch * camera, height, width, 3))
+        levels = self.neck(maps)
+        levels = tuple(level.reshape(batch, camera, *level.shape[1:]) for level in levels)
+        if capture is not None:
+            capture |= {f"backbone.{i}": m.reshape(batch, camera, *m.shape[1:]) for i, m in enumerate(maps)}
+            capture |= {f"neck.{i}": level for i, level in enumerate(levels)}
+        planes = self.encoder(levels, lidar_to_image, (height, width), dropout_key, capture)
+        return self.heads(planes, points, feature_points, voxel_features=voxel_features)
+
+
+def frozen_parameter(path: tuple[Any, ...]) -> bool:
+    """Whether training leaves a parameter alone: stem, first residual stage, and scale and bias of every BatchNorm.
+
+    Args:
+        path: of a parameter in the model's tree of parameters, e.g. ("backbone", "layer1", 0, "conv1", "kernel").
+    """
+    if path[0] != "backbone":
+        return False
+    batch_norm = path[-1] == "scale" or (path[-1] == "bias" and "conv_offset" not in path)
+    return path[1] in ("conv1", "bn1", "layer1") or batch_norm

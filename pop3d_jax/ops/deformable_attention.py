@@ -1,0 +1,197 @@
+"""Multi-scale deformable attention: every query reads a few weighted bilinear samples of several feature maps.
+
+Two implementations of one function, tested against each other:
+
+* ``gather``: one row gather per sample corner. The rows are read a few samples at a time and summed on the
+  spot, so no array of size queries x samples x channels ever exists, neither forward nor backward.
+* ``matmul``: the samples become a sparse [queries, height x width] matrix that multiplies the map. No gather
+  and no scatter, many more multiplications: for accelerators whose gathers are slow, or for tiny maps.
+
+Both keep the batch axes as axes of one program, so that they may be sharded.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+Implementation = Literal["gather", "matmul"]
+SpatialShapes = tuple[tuple[int, int], ...]
+
+# Sample corners read per step of the gather loop. More only costs memory; fewer makes the loop the cost.
+_GROUP = 8
+
+
+def deformable_attention(
+    values: Float[Array, "*batch tokens heads channels"],
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Float[Array, "*batch queries heads levels points 2"],
+    attention_weights: Float[Array, "*batch queries heads levels points"],
+    *,
+    implementation: Implementation = "gather",
+) -> Float[Array, "*batch queries heads channels"]:
+    """Weighted sum of bilinear samples; the function of mmcv's ``multi_scale_deformable_attn_pytorch``.
+
+    Args:
+        values: feature maps, the levels' tokens one after the other, each level row by row.
+        spatial_shapes: static (height, width) of each level.
+        sampling_locations: (x, y), where a map spans [0, 1]; texel centres lie at (index + 0.5) / size, outside
+            is zero. Any finite or infinite value is safe.
+        attention_weights: weight of each sample (the caller's softmax).
+        implementation: see the module.
+
+    Returns:
+        One vector per query and head, in the type of ``values``; sums are made in float32.
+
+    Raises:
+        ValueError: the shapes do not add up to the number of tokens or levels, or an unknown implementation.
+    """
+    tokens, levels = values.shape[-3], sampling_locations.shape[-3]
+    if sum(h * w for h, w in spatial_shapes) != tokens or len(spatial_shapes) != levels:
+        raise ValueError(
+            f"spatial_shapes {spatial_shapes} must describe the {tokens} tokens of values and the {levels} levels "
+            "of sampling_locations"
+        )
+    per_item = {"gather": _attend_by_gather, "matmul": _attend_by_matmul}.get(implementation)
+    if per_item is None:
+        raise ValueError(f"unknown implementation {implementation!r} of deformable_attention")
+    attend = functools.partial(per_item, spatial_shapes)
+    batch = values.shape[:-3]
+    # Batch axes of size 1 are left out of the program: XLA's CPU backend (jax 0.10.2) has compiled gradients of
+    # the gather loop, batched over one such axis and a larger one, to a program that crashes.
+    real = tuple(n for n in batch if n != 1)
+    for _ in real:
+        attend = jax.vmap(attend)
+    arguments = (values, sampling_locations.astype(jnp.float32), attention_weights.astype(jnp.float32))
+    result = attend(*(x.reshape(real + x.shape[len(batch) :]) for x in arguments))
+    return result.reshape(batch + result.shape[len(real) :]).astype(values.dtype)
+
+
+def _attend_by_gather(
+    spatial_shapes: SpatialShapes,
+    values: Float[Array, "tokens heads channels"],
+    locations: Float[Array, "queries heads levels points 2"],
+    weights: Float[Array, "queries heads levels points"],
+) -> Float[Array, "queries heads channels"]:
+    """One item: the four corners of every sample as rows of ``values`` with coefficients, samples outermost.
+
+    All levels and corners are one array each: a loop over them would be the same work in many more operations.
+    """
+    queries, heads = locations.shape[:2]
+    height, width = np.array(spatial_shapes, np.int32).T[:, :, None, None]
+    start = np.cumsum([0] + [h * w for h, w in spatial_shapes[:-1]], dtype=np.int32)[:, None, None]
+    size = np.stack([width, height])
+    # [xy, level, point, query x head]
+    locations = jnp.transpose(locations, (4, 2, 3, 0, 1)).reshape(2, *locations.shape[2:4], -1)
+    weights = jnp.transpose(weights, (2, 3, 0, 1)).reshape(locations.shape[1:])
+    near, fraction = _split(_texel(locations, size))
+    corner = jnp.stack([near, near + 1])
+    share = jnp.where((corner >= 0) & (corner < size), jnp.stack([1.0 - fraction, fraction]), 0.0)
+    column, line = jnp.moveaxis(jnp.clip(corner, 0, size - 1), 1, 0)
+    token = (start + line * width)[:, None] + column
+    rows = token * heads + jnp.tile(jnp.arange(heads, dtype=jnp.int32), queries)
+    coefficients = weights * (share[:, 1][:, None] * share[:, 0])
+    samples = (-1, queries * heads)
+    table = values.reshape(-1, values.shape[-1])
+    result = _weighted_row_sum(table, rows.reshape(samples), coefficients.reshape(samples))
+    return result.reshape(queries, heads, -1)
+
+
+def _attend_by_matmul(
+    spatial_shapes: SpatialShapes,
+    values: Float[Array, "tokens heads channels"],
+    locations: Float[Array, "queries heads levels points 2"],
+    weights: Float[Array, "queries heads levels points"],
+) -> Float[Array, "queries heads channels"]:
+    """One item: per level the matrix of bilinear coefficients, then a product with the map."""
+    result = jnp.float32(0.0)
+    start = 0
+    for level, (height, width) in enumerate(spatial_shapes):
+        along_x = _bilinear_row(_texel(locations[:, :, level, :, 0], width), width)
+        along_y = _bilinear_row(_texel(locations[:, :, level, :, 1], height), height)
+        along_y = along_y * weights[:, :, level, :, None]
+        coefficients = jnp.einsum("qhpy,qhpx->hqyx", along_y, along_x, precision="highest")
+        feature_map = values[start : start + height * width].astype(jnp.float32)
+        coefficients = coefficients.reshape(coefficients.shape[:2] + (height * width,))
+        result += jnp.einsum("hqt,thc->qhc", coefficients, feature_map, precision="highest")
+        start += height * width
+    return result
+
+
+def _texel(location: Float[Array, "*shape"], size: int | Int[np.ndarray, "..."]) -> Float[Array, "*shape"]:
+    """Location in [0, 1] to texels (centres at integers), clipped to a little more than the map.
+
+    Clipped, because the cast to an integer of a coordinate near 1e9 (a point behind the camera) is undefined, and
+    every sample so far outside is zero anyway. By way of [-1, 1], as the official ``grid_sample``, whose roundings
+    decide on which side a sample on a texel's centre falls, and so its slope. The clips stand where a compiler
+    would otherwise simplify these roundings away.
+    """
+    from_centre = jnp.clip(2.0 * location - 1.0, -9.0, 9.0)
+    return jnp.clip((from_centre + 1.0) * np.float32(size / 2), -5.0 * size, 6.0 * size) - 0.5
+
+
+def _split(position: Float[Array, "*shape"]) -> tuple[Int[Array, "*shape"], Float[Array, "*shape"]]:
+    """Integer part and fraction; the slope with respect to the position is the fraction's, as officially."""
+    floor = jnp.floor(position)
+    return floor.astype(jnp.int32), position - jax.lax.stop_gradient(floor)
+
+
+def _bilinear_row(position: Float[Array, "*shape"], size: int) -> Float[Array, "*shape {size}"]:
+    """Coefficients of all ``size`` texels for a sample at ``position`` (in texels); zero where outside."""
+    index, fraction = _split(position)
+    texel = jnp.arange(size, dtype=jnp.int32)
+    near, far = texel == index[..., None], texel == index[..., None] + 1
+    return jnp.where(near, 1.0 - fraction[..., None], 0.0) + jnp.where(far, fraction[..., None], 0.0)
+
+
+@jax.custom_vjp
+def _weighted_row_sum(
+    table: Float[Array, "rows channels"],
+    index: Int[Array, "terms sums"],
+    coefficient: Float[Array, "terms sums"],
+) -> Float[Array, "sums channels"]:
+    """``sum_k coefficient[k] * table[index[k]]`` in float32, a few k at a time; indices must be in range."""
+
+    def add(total, group):
+        group_index, group_coefficient = group
+        for k in range(_GROUP):
+            row = table.at[group_index[k]].get(mode="promise_in_bounds").astype(jnp.float32)
+            total += group_coefficient[k][:, None] * row
+        return total, None
+
+    total = jnp.zeros((index.shape[1], table.shape[1]), jnp.float32)
+    return jax.lax.scan(add, total, (_grouped(index), _grouped(coefficient)))[0]
+
+
+def _weighted_row_sum_forward(table, index, coefficient):
+    return _weighted_row_sum(table, index, coefficient), (table, index, coefficient)
+
+
+def _weighted_row_sum_backward(saved, cotangent):
+    """Reads the rows again instead of keeping them: what is saved are the arguments only."""
+    table, index, coefficient = saved
+
+    def step(table_cotangent, group):
+        group_index, group_coefficient = group
+        rows = table.at[group_index].get(mode="promise_in_bounds").astype(jnp.float32)
+        coefficient_cotangent = jnp.einsum("ksc,sc->ks", rows, cotangent, precision="highest")
+        update = group_coefficient[..., None] * cotangent
+        return table_cotangent.at[group_index].add(update, mode="promise_in_bounds"), coefficient_cotangent
+
+    table_cotangent, coefficient_cotangent = jax.lax.scan(
+        step, jnp.zeros(table.shape, jnp.float32), (_grouped(index), _grouped(coefficient))
+    )
+    coefficient_cotangent = coefficient_cotangent.reshape(-1, index.shape[1])[: index.shape[0]]
+    return table_cotangent.astype(table.dtype), None, coefficient_cotangent
+
+
+_weighted_row_sum.defvjp(_weighted_row_sum_forward, _weighted_row_sum_backward)
+
+
+def _grouped(terms: Array) -> Array:
+    """[terms, sums] -> [groups, _GROUP, sums], padded with index 0 or coefficient 0 (which add nothing)."""
+    padded = jnp.pad(terms, ((0, -terms.shape[0] % _GROUP), (0, 0)))
+    return padded.reshape(-1, _GROUP, terms.shape[1])

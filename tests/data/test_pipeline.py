@@ -1,0 +1,199 @@
+import dataclasses
+import io
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.split_build import build_split
+from pop3d_jax.data import pipeline
+from pop3d_jax.data.records import RecordSource
+from pop3d_jax.geometry import lidar_to_image, project
+from pop3d_jax.nuscenes import IMAGE_MEAN_BGR, LIDARSEG_TO_CLASS
+from tests.data_prep.tiny_root import IMAGE_HW, write_tiny_root
+
+SETTINGS = pipeline.ExampleSettings(
+    image_hw=IMAGE_HW, teacher_image_hw=(18, 32), max_points=400, max_feature_points=900, photometric=True
+)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Eight key frames of noise."""
+    folder = tmp_path_factory.mktemp("records")
+    root = write_tiny_root(folder / "root", scenes=("scene-0061", "scene-0553"), key_frames=4)
+    build_split(root.folder, root.version, "mini_train", folder / "records", skip_errors=False, workers=1)
+    return folder / "records"
+
+
+@pytest.fixture(scope="module")
+def source(records):
+    source = RecordSource(records, "mini_train")
+    assert len(source) == 8
+    return source
+
+
+def first(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def test_the_shapes_are_those_of_the_settings(source):
+    (batch,) = first(pipeline.training_batches(source, SETTINGS, batch_size=2, seed=0), 1)
+    padded = SETTINGS.padded_hw
+    assert padded == (64, 64)
+    assert batch["images"].shape == (2, 6, *padded, 3)
+    assert batch["images"].dtype == np.float32
+    assert batch["teacher_images"].shape == (2, 6, 18, 32, 3)
+    assert batch["teacher_images"].dtype == np.uint8
+    assert batch["lidar_to_image"].shape == (2, 6, 4, 4)
+    assert batch["points"].shape == (2, 400, 3)
+    assert batch["feature_points"].shape == (2, 900, 3)
+
+
+def test_every_epoch_is_a_shuffle_of_all_records(source):
+    batches = first(pipeline.training_batches(source, SETTINGS, batch_size=2, seed=3), 12)
+    order = np.concatenate([batch["record_index"] for batch in batches]).reshape(3, 8)
+    assert all(sorted(epoch) == list(range(8)) for epoch in order.tolist())
+    assert len({tuple(epoch) for epoch in order.tolist()}) == 3
+    other = first(pipeline.training_batches(source, SETTINGS, batch_size=2, seed=4), 12)
+    assert not np.array_equal(order.ravel(), np.concatenate([batch["record_index"] for batch in other]))
+
+
+def test_resuming_at_a_step_gives_its_batch_bit_for_bit(source):
+    unbroken = first(pipeline.training_batches(source, SETTINGS, batch_size=2, seed=5), 7)
+    for start in (1, 4, 6):
+        (resumed,) = first(pipeline.training_batches(source, SETTINGS, batch_size=2, seed=5, start_step=start), 1)
+        assert_equal(resumed, unbroken[start])
+
+
+def test_hosts_together_hold_what_one_host_would(source):
+    for hosts in (2, 4):
+        one = first(pipeline.training_batches(source, SETTINGS, batch_size=4, seed=6), 5)
+        parts = [
+            first(pipeline.training_batches(source, SETTINGS, batch_size=4, seed=6, host=host, hosts=hosts), 5)
+            for host in range(hosts)
+        ]
+        for step, whole in enumerate(one):
+            for host in range(hosts):
+                assert_equal(parts[host][step], {name: array[host::hosts] for name, array in whole.items()})
+
+
+_RESTARTED = """
+import hashlib, itertools, sys
+import numpy as np
+from pop3d_jax.data.pipeline import ExampleSettings, training_batches
+from pop3d_jax.data.records import RecordSource
+
+if __name__ == "__main__":
+    records, workers = sys.argv[1], int(sys.argv[2])
+    settings = ExampleSettings((36, 64), (18, 32), 400, 900, photometric=True)
+    batches = training_batches(
+        RecordSource(records, "mini_train"), settings, batch_size=2, seed=7, start_step=3, workers=workers
+    )
+    for batch in itertools.islice(batches, 3):
+        digest = hashlib.sha256()
+        for name in sorted(batch):
+            digest.update(name.encode() + np.ascontiguousarray(batch[name]).tobytes())
+        print(digest.hexdigest(), flush=True)
+    assert "tensorflow" not in sys.modules
+"""
+
+
+def test_a_restart_with_any_number_of_workers_gives_the_same_batches(records, source, tmp_path):
+    script = tmp_path / "restarted.py"
+    script.write_text(_RESTARTED)
+    digests = []
+    for workers in (0, 1, 2):
+        finished = subprocess.run(
+            [sys.executable, script, records, str(workers)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"PYTHONPATH": ":".join(sys.path), "JAX_PLATFORMS": "cpu"},
+        )
+        assert finished.returncode == 0, finished.stderr
+        digests.append(finished.stdout.split())
+    assert len(digests[0]) == 3
+    assert len(set(digests[0])) == 3
+    assert digests[0] == digests[1] == digests[2]
+
+
+def test_evaluation_reads_every_record_once_and_marks_the_filling(source):
+    settings = dataclasses.replace(SETTINGS, photometric=False, teacher_image_hw=None)
+    batches = list(pipeline.evaluation_batches(source, settings, batch_size=3))
+    assert "teacher_images" not in batches[0]
+    index = np.concatenate([batch["record_index"] for batch in batches])
+    valid = np.concatenate([batch["valid"] for batch in batches])
+    assert len(index) == 9
+    assert index[valid].tolist() == list(range(8))
+    with pytest.raises(ValueError, match="undistorted"):
+        pipeline.evaluation_batches(source, SETTINGS, batch_size=3)
+
+
+def test_a_batch_that_does_not_divide_among_hosts_is_refused(source):
+    with pytest.raises(ValueError, match="does not divide among 2 hosts"):
+        pipeline.training_batches(source, SETTINGS, batch_size=3, seed=0, hosts=2)
+    with pytest.raises(ValueError, match="host 2 of 2"):
+        pipeline.training_batches(source, SETTINGS, batch_size=4, seed=0, host=2, hosts=2)
+
+
+def test_an_undistorted_image_is_bgr_minus_the_mean_padded_with_zeros(source):
+    key_frame = source[0]
+    example = pipeline.make_example(key_frame, dataclasses.replace(SETTINGS, photometric=False), None)
+    rgb = np.asarray(Image.open(io.BytesIO(key_frame.images[2])))
+    height, width = IMAGE_HW
+    expected = rgb[..., ::-1].astype(np.float32) - np.array(IMAGE_MEAN_BGR, np.float32)
+    np.testing.assert_array_equal(example["images"][2, :height, :width], expected)
+    assert not example["images"][2, height:].any()
+    assert not example["images"][2, :, width:].any()
+
+
+def test_resized_images_come_with_matching_matrices(source):
+    key_frame = source[0]
+    half = dataclasses.replace(SETTINGS, image_hw=(18, 32), photometric=False)
+    example = pipeline.make_example(key_frame, half, None)
+    point = np.array([[1.0, 2.0, 3.0]])
+    for camera in range(6):
+        full = lidar_to_image(key_frame.intrinsics[camera], key_frame.lidar_to_camera[camera])
+        expected, depth = project(point, full)
+        uv, depth_again = project(point, example["lidar_to_image"][camera].astype(np.float64))
+        np.testing.assert_allclose(uv, expected / 2, rtol=1e-4)
+        np.testing.assert_allclose(depth_again, depth, rtol=1e-4)
+
+
+def test_points_keep_their_order_and_labels(source):
+    key_frame = source[0]
+    example = pipeline.make_example(key_frame, SETTINGS, np.random.default_rng(0))
+    count = len(key_frame.points)
+    assert example["point_mask"].sum() == count
+    np.testing.assert_array_equal(example["points"][:count], key_frame.points[:, :3])
+    np.testing.assert_array_equal(example["point_labels"][:count], LIDARSEG_TO_CLASS[key_frame.lidarseg])
+    assert not example["points"][count:].any()
+
+
+def test_points_beyond_the_capacity_are_counted(source):
+    key_frame = source[0]
+    small = dataclasses.replace(SETTINGS, max_points=10, max_feature_points=3)
+    example = pipeline.make_example(key_frame, small, np.random.default_rng(0))
+    full = pipeline.make_example(key_frame, SETTINGS, np.random.default_rng(0))
+    assert example["points_left_out"] == len(key_frame.points) - 10
+    assert example["feature_points_left_out"] == max(int(full["feature_mask"].sum()) - 3, 0)
+    assert full["points_left_out"] == 0
+
+
+def test_a_damaged_image_names_its_sample_and_camera(source):
+    key_frame = source[0]
+    images = list(key_frame.images)
+    images[1] = images[1][: len(images[1]) // 2]
+    damaged = dataclasses.replace(key_frame, images=images)
+    with pytest.raises(ValueError, match=f"sample {key_frame.sample_token}, CAM_FRONT_RIGHT"):
+        pipeline.make_example(damaged, SETTINGS, np.random.default_rng(0))

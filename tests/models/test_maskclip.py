@@ -1,0 +1,135 @@
+"""MaskCLIP against the official numbers, and sampling at points against explicit upsampling."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pop3d_jax.models.clip import load_clip
+from pop3d_jax.models.maskclip import (
+    CLIP_MEAN,
+    CLIP_STD,
+    MaskCLIP,
+    cosine_logits,
+    normalise,
+    normalised_pixels,
+    sample_at_points,
+)
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def info(golden_file):
+    return json.loads(golden_file("clip/tiny_clip_info.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def golden(golden_file):
+    with np.load(golden_file("clip/tiny_clip.npz")) as file:
+        return {key: file[key] for key in file.files}
+
+
+@pytest.fixture(scope="module")
+def clip(golden_file):
+    return load_clip(golden_file("clip/tiny_clip")).model
+
+
+def close(ours, official):
+    np.testing.assert_allclose(np.asarray(ours), official, rtol=0, atol=TOLERANCE)
+
+
+def channels_first(grid):
+    return np.asarray(grid).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("variant", ["official_config", "clip_consistent"])
+@pytest.mark.parametrize("size", ["base", "interpolated", "padded_input"])
+def test_official_numbers(clip, golden, info, variant, size):
+    name = info["image_sizes"][size]
+    pixels = golden["pixel_values" if size == "base" else f"pixel_values_{name}"]
+    prefix = f"maskclip/{variant}/{name}"
+    teacher = MaskCLIP(clip, variant)
+    assert teacher.vision.config.activation == info["maskclip_variants"][variant]["hidden_act"]
+    assert teacher.vision.config.layer_norm_epsilon == info["maskclip_variants"][variant]["layer_norm_eps"]
+    images = jnp.asarray(pixels.transpose(0, 2, 3, 1))
+    patches = nnx.jit(lambda m, x: m.patches(x))(teacher, images)
+    close(channels_first(patches.features), golden[f"{prefix}/dense_features"])
+    close(channels_first(patches.values), golden[f"{prefix}/v_after_final_norm"])
+    keys = np.asarray(patches.keys)
+    close(keys.reshape(keys.shape[0], -1, keys.shape[-1]), golden[f"{prefix}/k_out_projected"])
+    logits = cosine_logits(patches.features, jnp.asarray(golden["text_ensemble/embeddings"]))
+    close(channels_first(logits), golden[f"{prefix}/logits"])
+
+    patch = teacher.vision.config.patch_size
+    padded = jnp.pad(images, ((0, 0), (0, -images.shape[1] % patch), (0, -images.shape[2] % patch), (0, 0)))
+    if size == "padded_input":
+        assert f"{padded.shape[1]}x{padded.shape[2]}" == info["image_sizes"]["padded_to"]
+    plain = nnx.jit(lambda tower, x: tower(x).patch_features)(teacher.vision, padded).reshape(patches.features.shape)
+    close(channels_first(plain), golden[f"{prefix}/plain_patch_features"])
+
+
+def test_unknown_variant(clip):
+    with pytest.raises(ValueError, match="clip_consistent"):
+        MaskCLIP(clip, "plus")
+
+
+def test_teacher_survives_split_and_merge_inside_jit(clip):
+    """How the training step holds it: split once, merged inside a plain jax.jit."""
+    teacher = MaskCLIP(clip)
+    graph, state = nnx.split(teacher)
+    side = clip.vision.config.patch_size * 3
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, side, side + 5, 3)), jnp.uint8)
+    inside = jax.jit(lambda s, x: nnx.merge(graph, s).dense_features(normalise(x)))(state, images)
+    outside = nnx.jit(lambda m, x: m.patches(x).features)(teacher, normalise(images))
+    np.testing.assert_allclose(inside, outside, atol=TOLERANCE)
+
+
+def test_normalise_is_clips_preprocessing():
+    images = np.random.default_rng(1).integers(0, 256, (2, 3, 4, 5, 3)).astype(np.uint8)
+    expected = (images / 255.0 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
+    np.testing.assert_allclose(normalise(jnp.asarray(images)), expected, atol=1e-5)
+
+
+def upsample(grid: np.ndarray, height: int, width: int) -> np.ndarray:
+    """F.interpolate(bilinear, align_corners=False) of [rows, columns, d], written out in float64."""
+    for axis, size in ((0, height), (1, width)):
+        cells = grid.shape[axis]
+        source = np.maximum((np.arange(size) + 0.5) * cells / size - 0.5, 0)
+        low = np.floor(source).astype(int)
+        share = np.expand_dims(source - low, tuple(i for i in range(3) if i != axis))
+        high = np.minimum(low + 1, cells - 1)
+        grid = np.take(grid, low, axis) * (1 - share) + np.take(grid, high, axis) * share
+    return grid
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 6),
+    height=st.integers(7, 40),
+    width=st.integers(7, 40),
+    seed=st.integers(0, 1000),
+)
+def test_sampling_equals_explicit_upsampling(rows, columns, height, width, seed):
+    random = np.random.default_rng(seed)
+    features = random.normal(size=(2, rows, columns, 3)).astype(np.float32)
+    # Up to just inside the last pixel, corners and halves included.
+    uv = np.concatenate(
+        [
+            random.uniform(0, 1, (12, 2)) * [width - 1, height - 1],
+            [[0, 0], [width - 1, height - 1], [0.5, 1.5], [1.5, 2.5]],
+        ]
+    ).astype(np.float32)
+    camera = random.integers(0, 2, len(uv)).astype(np.int32)
+    maps = np.stack([upsample(grid, height, width) for grid in features.astype(np.float64)])
+    column, row = np.round(uv).astype(int).T
+    pixel = normalised_pixels(jnp.asarray(uv), (height, width))
+    ours = sample_at_points(jnp.asarray(features), jnp.asarray(camera), pixel)
+    np.testing.assert_allclose(ours, maps[camera, row, column], atol=2e-5)

@@ -1,0 +1,204 @@
+"""The encoder's parts: anchors, projections, positional encoding, feed-forward, and batches done right."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pop3d_jax.models import tpv_attention
+from pop3d_jax.models.tpv import FeedForward, PositionalEncoding, TPVEncoder
+from pop3d_jax.models.tpv_geometry import (
+    PLANES,
+    cell_centres,
+    plane_shapes,
+    plane_views,
+    reference_points,
+    sample_points,
+)
+
+VOLUME = ((-51.2, -51.2, -5.0), (51.2, 51.2, 3.0))
+
+
+@pytest.fixture(scope="module")
+def ops(golden_file):
+    with np.load(golden_file("pop3d/ops.npz")) as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.golden
+def test_official_reference_points_and_projections(ops):
+    h, w, z = (int(n) for n in ops["refpts_hwz"])
+    volume = tuple(float(v) for v in ops["refpts_pc_range"])
+    extent = tuple(b - a for a, b in zip(volume[:3], volume[3:], strict=True))
+    anchors = tuple(int(n) for n in ops["refpts_num_points_in_pillar"])
+    image_hw = tuple(int(n) for n in ops["refpts_image_hw"])
+    lidar_to_image = jnp.asarray(ops["refpts_lidar2img"], jnp.float32)[None]
+    references = reference_points((w, h, z), extent, anchors)
+    for plane, shape, reference in zip(PLANES, plane_shapes((w, h, z)), references, strict=True):
+        np.testing.assert_allclose(reference.swapaxes(0, 1)[None], ops[f"refpts_ref_3d_{plane}"], rtol=0, atol=1e-7)
+        np.testing.assert_allclose(cell_centres(shape)[None, :, None], ops[f"refpts_ref_2d_{plane}"], rtol=0, atol=1e-7)
+        uv, visible = sample_points(reference, volume[:3], volume[3:], lidar_to_image, image_hw)
+        mask = ops[f"refpts_mask_{plane}"][:, 0]
+        np.testing.assert_array_equal(visible[0], mask)
+        # Shares of the image: 2e-6 is 0.003 pixels of 1600.
+        np.testing.assert_allclose(uv[0][mask], ops[f"refpts_cam_{plane}"][:, 0][mask], rtol=0, atol=2e-6)
+
+
+@pytest.mark.golden
+def test_official_positional_encoding(ops):
+    row, column = ops["lpe_row_embed"], ops["lpe_col_embed"]
+    encoding = PositionalEncoding((len(row), len(column)), 2 * row.shape[1], rngs=nnx.Rngs(0))
+    encoding.row_embed[...], encoding.col_embed[...] = jnp.asarray(row), jnp.asarray(column)
+    expected = np.moveaxis(ops["lpe_output"], 1, -1)
+    for item in expected:
+        np.testing.assert_array_equal(encoding().reshape(item.shape), item)
+
+
+@pytest.mark.golden
+def test_official_feed_forward(ops):
+    hidden, dims = ops["ffn_layers.0.0.weight"].shape
+    ffn = FeedForward(dims, hidden, dropout_rate=0.1, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    for layer, name in ((ffn.expand, "0.0"), (ffn.contract, "1")):
+        layer.kernel[...] = jnp.asarray(ops[f"ffn_layers.{name}.weight"].T)
+        layer.bias[...] = jnp.asarray(ops[f"ffn_layers.{name}.bias"])
+    np.testing.assert_allclose(ffn(jnp.asarray(ops["ffn_input"]), None), ops["ffn_output"], rtol=0, atol=2e-6)
+
+
+def _ring_of_cameras(seed: int, batch: int, cameras: int, image_hw: tuple[int, int]) -> jax.Array:
+    """Calibrations like a car's: cameras around, each rig turned and shifted a little."""
+    rng = np.random.default_rng(seed)
+    matrices = np.zeros((batch, cameras, 4, 4))
+    for item in range(batch):
+        for camera in range(cameras):
+            yaw = 2 * np.pi * camera / cameras + rng.normal(0, 0.2)
+            forward, right = np.array([np.sin(yaw), np.cos(yaw), 0]), np.array([np.cos(yaw), -np.sin(yaw), 0])
+            rotation = np.stack([right, [0, 0, -1], forward])
+            h, w = image_hw
+            intrinsics = np.array([[0.8 * w, 0, w / 2], [0, 0.8 * w, h / 2], [0, 0, 1]])
+            transform = np.eye(4)
+            transform[:3, :3] = intrinsics @ rotation
+            transform[:3, 3] = intrinsics @ rotation @ rng.normal(0, 0.3, 3)
+            matrices[item, camera] = transform
+    return jnp.asarray(matrices, jnp.float32)
+
+
+def _encoder_case(batch=3, cameras=2, dropout_rate=0.0, remat=False, **changes):
+    """A small encoder with other sizes than the official ones, all weights random, and its inputs."""
+    sizes = {
+        "num_layers": 1,
+        "embed_dims": 16,
+        "num_heads": 2,
+        "self_attention_points": 3,
+        "cross_attention_anchors": (2, 3, 3),
+        "cross_attention_points": (4, 3, 6),
+        "feedforward_dims": 24,
+    } | changes
+    levels = ((4, 7), (2, 4))
+    image_hw = (32, 56)
+    encoder = TPVEncoder(
+        (7, 5, 3),
+        *VOLUME,
+        num_cameras=cameras,
+        num_levels=len(levels),
+        dropout_rate=dropout_rate,
+        remat=remat,
+        implementation="gather",
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+        **sizes,
+    )
+    graph, state = nnx.split(encoder)
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    state = jax.tree.unflatten(
+        tree, [leaf + 0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+    features = tuple(
+        jax.random.normal(jax.random.key(i), (batch, cameras, *level, sizes["embed_dims"]))
+        for i, level in enumerate(levels)
+    )
+    return graph, state, features, _ring_of_cameras(0, batch, cameras, image_hw), image_hw
+
+
+def test_a_batch_is_its_items_one_by_one():
+    graph, state, features, lidar_to_image, image_hw = _encoder_case()
+    encode = jax.jit(lambda state, f, m: nnx.merge(graph, state)(f, m, image_hw))
+    together = encode(state, features, lidar_to_image)
+    for i in range(len(lidar_to_image)):
+        alone = encode(state, tuple(f[i : i + 1] for f in features), lidar_to_image[i : i + 1])
+        for a, b in zip(together, alone, strict=True):
+            np.testing.assert_allclose(a[i : i + 1], b, rtol=0, atol=1e-5)
+
+
+def test_rematerialised_layers_and_slices_change_nothing(monkeypatch):
+    def loss_and_gradients(remat):
+        graph, state, features, lidar_to_image, image_hw = _encoder_case(remat=remat)
+
+        def loss(state, features):
+            planes = nnx.merge(graph, state)(features, lidar_to_image, image_hw)
+            return sum((p**2 * jnp.arange(p.shape[-1])).sum() for p in planes)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(state, features)
+
+    plain = loss_and_gradients(False)
+    again = loss_and_gradients(True)
+    monkeypatch.setattr(tpv_attention, "_SAMPLES_PER_STEP", 50)
+    small_slices = loss_and_gradients(False)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(plain))
+    for other in (again, small_slices):
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max())
+
+
+def test_tokens_no_camera_sees_get_the_bias_only():
+    graph, state, features, lidar_to_image, image_hw = _encoder_case(cameras=1)
+
+    @jax.jit
+    def encode(state):
+        capture = {}
+        nnx.merge(graph, state)(features, lidar_to_image, image_hw, capture=capture)
+        return capture
+
+    capture = encode(state)
+    unseen = ~np.concatenate([np.asarray(capture[f"visible_{p}"]).any((1, 3)) for p in PLANES], axis=1)
+    assert unseen.any()
+    bias = nnx.merge(graph, state).layers[0].cross_attention.output_proj.bias[...]
+    added = np.asarray(capture["layer0.cross_attention"] - capture["layer0.norm0"])
+    np.testing.assert_allclose(added[unseen], np.broadcast_to(bias, added[unseen].shape), atol=1e-5)
+    assert np.abs(added[~unseen] - np.asarray(bias)).max() > 1e-2
+
+
+def test_order_puts_participants_first():
+    rng = np.random.default_rng(0)
+    visible = jnp.asarray(rng.random((2, 3, 11, 4)) < 0.2)
+    views = plane_views(jnp.zeros((2, 3, 11, 4, 2)), visible)
+    sorted_hits = np.take_along_axis(np.asarray(views.hit), np.asarray(views.order), -1)
+    assert np.all(np.diff(sorted_hits.astype(int), axis=-1) <= 0)
+    np.testing.assert_array_equal(
+        np.take_along_axis(np.asarray(views.order), np.asarray(views.rank), -1)[0, 0], range(11)
+    )
+
+
+def test_dropout_needs_a_key_and_follows_it():
+    graph, state, features, lidar_to_image, image_hw = _encoder_case(dropout_rate=0.3)
+
+    @jax.jit
+    def encode(state, key):
+        return nnx.merge(graph, state)(features, lidar_to_image, image_hw, key).hw
+
+    first, again, other = (encode(state, jax.random.key(seed)) for seed in (0, 0, 1))
+    inference = encode(state, None)
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    assert np.abs(first - inference).max() > 1e-3
+
+
+def test_initial_samples_go_outwards_in_every_direction():
+    attention = tpv_attention.ImageCrossAttention(
+        16, 4, 2, (2, 2, 2), (4, 2, 2), dropout_rate=0.0, implementation="gather", dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    offsets = attention.sampling_offsets[0].bias[...].reshape(4, 2, 2, 2, 2)  # head, level, anchor, sample, xy
+    np.testing.assert_allclose(offsets[0, 0, 0], [[1, 0], [2, 0]], atol=1e-6)
+    np.testing.assert_allclose(offsets[1, 1, 1], [[0, 1], [0, 2]], atol=1e-6)
+    assert not np.any(attention.sampling_offsets[0].kernel[...])

@@ -1,0 +1,103 @@
+"""Deformable attention: the official numbers, and the implementations against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pop3d_jax.ops.deformable_attention import deformable_attention
+
+IMPLEMENTATIONS = ("gather", "matmul")
+
+
+@pytest.fixture(scope="module")
+def official(golden_file):
+    with np.load(golden_file("pop3d/ops.npz")) as arrays:
+        return {k.removeprefix("msda_"): arrays[k] for k in arrays.files if k.startswith("msda_")}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_official_output_and_gradients(official, implementation):
+    shapes = tuple((int(h), int(w)) for h, w in official["spatial_shapes"])
+
+    def attend(values, locations, weights):
+        return deformable_attention(values, shapes, locations, weights, implementation=implementation)
+
+    arguments = [official[k] for k in ("value", "sampling_locations", "attention_weights")]
+    output, pullback = jax.vjp(jax.jit(attend), *map(jnp.asarray, arguments))
+    gradients = pullback(jnp.asarray(official["grad_output"]).reshape(output.shape))
+    np.testing.assert_allclose(output.reshape(official["output"].shape), official["output"], rtol=0, atol=2e-6)
+    for name, gradient in zip(("grad_value", "grad_locations", "grad_weights"), gradients, strict=True):
+        # A location gradient is a difference of neighbours times the map's width; errors scale with it.
+        tolerance = 2e-6 * max(1.0, np.abs(official[name]).max())
+        np.testing.assert_allclose(gradient, official[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def _random_case(seed, batch=(2, 3), queries=5, heads=2, points=3, channels=4, shapes=((3, 5), (1, 2), (1, 1))):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(*batch, sum(h * w for h, w in shapes), heads, channels))
+    locations = rng.uniform(-0.4, 1.4, (*batch, queries, heads, len(shapes), points, 2))
+    weights = rng.uniform(0, 1, locations.shape[:-1])
+    return shapes, *(jnp.asarray(a, jnp.float32) for a in (values, locations, weights))
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3), (1, 3), (2, 1)])
+def test_implementations_agree_on_any_batch_axes(batch):
+    shapes, *arguments = _random_case(0, batch)
+    results = []
+    for implementation in IMPLEMENTATIONS:
+
+        def attend(values, locations, weights, implementation=implementation):
+            return deformable_attention(values, shapes, locations, weights, implementation=implementation)
+
+        output, pullback = jax.vjp(jax.jit(attend), *arguments)
+        results.append((output, *pullback(jnp.cos(jnp.arange(output.size)).reshape(output.shape))))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_huge_locations_read_nothing_and_have_no_gradient(implementation):
+    shapes, values, locations, weights = _random_case(0)
+    huge = jnp.asarray([1e9, -1e9, 3e38, jnp.inf, -jnp.inf])[:, None, None, None, None]
+    locations = jnp.broadcast_to(huge, locations.shape)
+
+    def total(values, locations):
+        return deformable_attention(values, shapes, locations, weights, implementation=implementation).sum()
+
+    output, gradients = jax.value_and_grad(total, (0, 1))(values, locations)
+    assert output == 0
+    assert all(not np.any(g) for g in gradients)
+
+
+def test_texel_centres_are_read_exactly():
+    shapes, values, _, _ = _random_case(1, batch=(), shapes=((3, 5),))
+    y, x = np.mgrid[0:3, 0:5].reshape(2, -1)
+    centres = np.stack([(x + 0.5) / 5, (y + 0.5) / 3], -1)[:, None, None, None]
+    locations = jnp.asarray(np.broadcast_to(centres, (15, 2, 1, 1, 2)), jnp.float32)
+    output = deformable_attention(values, shapes, locations, jnp.ones(locations.shape[:-1]))
+    np.testing.assert_allclose(output, values, atol=1e-5)
+
+
+@pytest.mark.parametrize("shapes", [((3, 5),), ((3, 5), (2, 2)), ((3, 5), (1, 2), (2, 1), (0, 0))])
+def test_shapes_that_do_not_fit_are_refused(shapes):
+    _, values, locations, weights = _random_case(0)
+    with pytest.raises(ValueError, match="spatial_shapes"):
+        deformable_attention(values, shapes, locations, weights)
+
+
+def test_no_array_of_queries_by_samples_by_channels_exists():
+    """The largest intermediate of forward and backward stays far below all sampled rows together."""
+    shapes = ((16, 16), (8, 8))
+    _, values, locations, weights = _random_case(
+        0, batch=(), queries=512, heads=4, points=16, channels=128, shapes=shapes
+    )
+
+    def total(values, locations, weights):
+        return (deformable_attention(values, shapes, locations, weights, implementation="gather") ** 2).sum()
+
+    compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(values, locations, weights).compile()
+    all_rows = weights.size * 4 * values.shape[-1] * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < all_rows / 4

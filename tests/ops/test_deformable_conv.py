@@ -1,0 +1,186 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pop3d_jax.models.resnet import DeformableConv
+from pop3d_jax.ops.deformable_conv import deformable_conv2d
+
+
+def _last(array):
+    return jnp.asarray(np.moveaxis(array, 1, -1))
+
+
+def _hwio(array):
+    return jnp.asarray(np.transpose(array, (2, 3, 1, 0)))
+
+
+def _close(actual, expected, relative):
+    """Compares with a tolerance relative to the size of the whole array: sums of many terms cancel."""
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, atol=relative * np.sqrt(np.mean(expected**2)), rtol=relative)
+
+
+def _convolutions(golden):
+    return sorted(
+        key.removesuffix("_stride") for key in golden.files if key.startswith("dcn_") and key.endswith("_stride")
+    )
+
+
+@pytest.fixture(scope="module")
+def golden(golden_file):
+    return np.load(golden_file("pop3d/ops.npz"))
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("implementation", ["taps", "reference"])
+def test_matches_official_forward_and_gradients(golden, implementation):
+    names = _convolutions(golden)
+    assert names
+    for name in names:
+        geometry = {part: int(golden[f"{name}_{part}"]) for part in ("stride", "padding", "dilation")}
+
+        def convolve(x, kernel, offset_kernel, offset_bias, geometry=geometry):
+            stride, padding, dilation = geometry.values()
+            predicted = offset_bias + jax.lax.conv_general_dilated(
+                x,
+                offset_kernel,
+                (stride, stride),
+                ((padding, padding),) * 2,
+                rhs_dilation=(dilation, dilation),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            taps = predicted.shape[-1] // 3
+            offset = predicted[..., : 2 * taps].reshape(*predicted.shape[:3], taps, 2)
+            mask = jax.nn.sigmoid(predicted[..., 2 * taps :])
+            return deformable_conv2d(x, offset, mask, kernel, implementation=implementation, **geometry), predicted
+
+        inputs = (
+            _last(golden[f"{name}_input"]),
+            _hwio(golden[f"{name}_weight"]),
+            _hwio(golden[f"{name}_conv_offset_weight"]),
+            jnp.asarray(golden[f"{name}_conv_offset_bias"]),
+        )
+        output, pull_back, predicted = jax.vjp(jax.jit(convolve), *inputs, has_aux=True)
+        _close(predicted, _last(golden[f"{name}_conv_offset_output"]), 1e-5)
+        _close(output, _last(golden[f"{name}_output"]), 1e-5)
+        to_x, to_kernel, to_offset_kernel, to_offset_bias = pull_back(_last(golden[f"{name}_grad_output"]))
+        # The official gradients agree with a float64 implementation within 7e-5 (README of the golden data).
+        _close(to_x, _last(golden[f"{name}_grad_input"]), 7e-5)
+        _close(to_kernel, _hwio(golden[f"{name}_grad_weight"]), 7e-5)
+        _close(to_offset_kernel, _hwio(golden[f"{name}_grad_conv_offset_weight"]), 7e-5)
+        _close(to_offset_bias, golden[f"{name}_grad_conv_offset_bias"], 7e-5)
+
+
+@pytest.mark.golden
+def test_the_module_splits_its_offsets_as_official(golden):
+    for name in _convolutions(golden):
+        if int(golden[f"{name}_padding"]) != 1 or int(golden[f"{name}_dilation"]) != 1:
+            continue
+        out_channels, channels = golden[f"{name}_weight"].shape[:2]
+        module = DeformableConv(channels, out_channels, stride=int(golden[f"{name}_stride"]), rngs=nnx.Rngs(0))
+        module.kernel[...] = _hwio(golden[f"{name}_weight"])
+        module.conv_offset.kernel[...] = _hwio(golden[f"{name}_conv_offset_weight"])
+        module.conv_offset.bias[...] = jnp.asarray(golden[f"{name}_conv_offset_bias"])
+        _close(module(_last(golden[f"{name}_input"])), _last(golden[f"{name}_output"]), 1e-5)
+
+
+def _random_inputs(seed, *, kernel_hw=(3, 3), stride=1, padding=1, dilation=1, scale=1.5):
+    rng = np.random.default_rng(seed)
+    images, height, width, channels, out_channels = 2, 7, 9, 3, 4
+    out = [
+        (size + 2 * padding - dilation * (extent - 1) - 1) // stride + 1
+        for size, extent in zip((height, width), kernel_hw, strict=True)
+    ]
+    taps = kernel_hw[0] * kernel_hw[1]
+    shapes = [(images, height, width, channels), (images, *out, taps, 2), (images, *out, taps)]
+    x, offset, mask = (rng.normal(size=shape) for shape in shapes)
+    kernel = rng.normal(size=(*kernel_hw, channels, out_channels))
+    return tuple(jnp.asarray(a, jnp.float32) for a in (x, scale * offset, mask, kernel))
+
+
+@functools.cache
+def _output_and_gradients(implementation, stride, padding, dilation):
+    def total(*inputs):
+        output = deformable_conv2d(
+            *inputs, stride=stride, padding=padding, dilation=dilation, implementation=implementation
+        )
+        return jnp.sum(jnp.sin(output)), output
+
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True))
+
+
+@pytest.mark.parametrize(
+    ("kernel_hw", "stride", "padding", "dilation"), [((3, 3), 2, 1, 1), ((3, 3), 1, 2, 2), ((1, 2), 1, 0, 1)]
+)
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.5, 4.0]))
+def test_implementations_agree(kernel_hw, stride, padding, dilation, seed, scale):
+    inputs = _random_inputs(seed, kernel_hw=kernel_hw, stride=stride, padding=padding, dilation=dilation, scale=scale)
+    gradients, output = _output_and_gradients("taps", stride, padding, dilation)(*inputs)
+    expected_gradients, expected_output = _output_and_gradients("reference", stride, padding, dilation)(*inputs)
+    _close(output, expected_output, 1e-5)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        _close(gradient, expected, 2e-5)
+
+
+def test_without_offsets_it_is_a_convolution_with_no_gradient_from_the_frame():
+    x, offset, mask, kernel = _random_inputs(0)
+    offset, mask = jnp.zeros_like(offset), jnp.ones_like(mask)
+    output, pull_back = jax.vjp(lambda offset: deformable_conv2d(x, offset, mask, kernel, padding=1), offset)
+    expected = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(output, expected, atol=2e-5)
+    (to_offset,) = pull_back(jnp.ones_like(output))
+    # The taps of the first row lie at exactly -1, where the official kernel gives nothing; the middle ones do move.
+    np.testing.assert_array_equal(to_offset[:, 0, :, :3], 0)
+    assert float(jnp.abs(to_offset[:, 0, 1:-1, 3:6]).min()) > 0
+
+
+@pytest.mark.parametrize("value", [1e9, -1e9, np.inf, np.nan])
+@pytest.mark.parametrize("implementation", ["taps", "reference"])
+def test_undefined_positions_read_nothing(value, implementation):
+    x, offset, mask, kernel = _random_inputs(0)
+    output, pull_back = jax.vjp(
+        lambda x: deformable_conv2d(
+            x, jnp.full_like(offset, value), mask, kernel, padding=1, implementation=implementation
+        ),
+        x,
+    )
+    np.testing.assert_array_equal(output, 0)
+    np.testing.assert_array_equal(pull_back(jnp.ones_like(output))[0], 0)
+
+
+def test_bfloat16_features_keep_their_positions():
+    x, offset, mask, kernel = _random_inputs(0)
+    half = [a.astype(jnp.bfloat16) for a in (x, mask, kernel)]
+    output = deformable_conv2d(half[0], offset, half[1], half[2], padding=1)
+    assert output.dtype == jnp.bfloat16
+    expected = deformable_conv2d(half[0].astype(jnp.float32), offset, half[1], half[2].astype(jnp.float32), padding=1)
+    np.testing.assert_allclose(output.astype(jnp.float32), expected, atol=0.1, rtol=0.02)
+
+
+def test_taps_store_less_than_the_reference():
+    shapes = [(2, 20, 30, 32), (2, 20, 30, 9, 2), (2, 20, 30, 9), (3, 3, 32, 32)]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+    def temporary_bytes(implementation):
+        def total(*inputs):
+            return jnp.sum(deformable_conv2d(*inputs, padding=1, implementation=implementation) ** 2)
+
+        compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3))).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("taps") < 0.5 * temporary_bytes("reference")
+
+
+def test_wrong_calls_name_the_problem():
+    x, offset, mask, kernel = _random_inputs(0)
+    with pytest.raises(ValueError, match="offset"):
+        deformable_conv2d(x, offset, mask, kernel, padding=0)
+    with pytest.raises(ValueError, match='"taps" or "reference"'):
+        deformable_conv2d(x, offset, mask, kernel, padding=1, implementation="fast")

@@ -1,0 +1,196 @@
+"""Losses and their gradients, against official numbers and against plain definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pop3d_jax.losses import cross_entropy, feature_loss, lovasz_softmax, pop3d_loss
+from pop3d_jax.nuscenes import IGNORE
+
+lovasz_and_gradient = jax.jit(jax.value_and_grad(lovasz_softmax))
+jitted_loss = jax.jit(
+    pop3d_loss, static_argnames=("per_sample", "cross_entropy_weight", "lovasz_weight", "feature_weight")
+)
+
+# Losses of a few hundred float32 terms, summed in another order.
+RTOL = 5e-6
+
+
+def channels_last(array):
+    return jnp.asarray(np.moveaxis(array, 1, -1))
+
+
+def channels_first(array):
+    return np.moveaxis(np.asarray(array), -1, 1)
+
+
+def assert_gradient(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def ops(golden_file):
+    with np.load(golden_file("pop3d/ops.npz")) as arrays:
+        return {name: arrays[name] for name in arrays.files if name.startswith(("lovasz", "ce_"))}
+
+
+def lovasz_of_logits(logits, labels):
+    return lovasz_softmax(jax.nn.softmax(logits), labels)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("prefix", ["lovasz", "lovasz2", "lovasz_single"])
+def test_lovasz_and_its_gradient(ops, prefix):
+    expected = ops[f"{prefix}_grad_logits"]
+    logits = channels_last(ops["lovasz_logits"][:, : expected.shape[1]])
+    labels = jnp.asarray(ops[f"{prefix}_labels"].astype(np.int32))
+    loss, gradient = jax.jit(jax.value_and_grad(lovasz_of_logits))(logits, labels)
+    np.testing.assert_allclose(loss, ops[f"{prefix}_loss"], rtol=RTOL)
+    assert_gradient(channels_first(gradient), expected)
+
+
+@pytest.mark.golden
+def test_lovasz_gradient_to_probabilities(ops):
+    labels = jnp.asarray(ops["lovasz_labels"].astype(np.int32))
+    gradient = jax.jit(jax.grad(lovasz_softmax))(channels_last(ops["lovasz_probas"]), labels)
+    assert_gradient(channels_first(gradient), ops["lovasz_grad_probas"])
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["weighted", "plain"])
+def test_cross_entropy_and_its_gradient(ops, name):
+    logits, labels = channels_last(ops["lovasz_logits"]), jnp.asarray(ops["lovasz_labels"].astype(np.int32))
+    weights = jnp.asarray(ops["ce_weight"]) if name == "weighted" else None
+    loss, gradient = jax.jit(jax.value_and_grad(cross_entropy))(logits, labels, weights)
+    np.testing.assert_allclose(loss, ops[f"ce_loss_{name}"], rtol=RTOL)
+    assert_gradient(channels_first(gradient), ops[f"ce_grad_logits_{name}"])
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["plain", "weighted_ignore"])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_losses_of_the_tiny_model(golden_file, name, per_sample):
+    with np.load(golden_file("pop3d/tiny_model.npz")) as arrays:
+        logits = channels_last(arrays["voxel_logits"][:1])
+        target = arrays["loss_voxel_target" if name == "plain" else "loss_voxel_target_ignore"]
+        features, feature_target = arrays["loss_point_features"], arrays["loss_feature_target"]
+        weights = None if name == "plain" else jnp.asarray(arrays["loss_class_weights"])
+        expected = arrays[f"loss_{name}"]
+    mask = jnp.ones(features.shape[:2], bool)
+    result = jitted_loss(
+        logits,
+        jnp.asarray(target),
+        jnp.asarray(features),
+        jnp.asarray(feature_target),
+        mask,
+        class_weights=weights,
+        per_sample=per_sample,
+    )
+    terms = [result[term] for term in ("cross_entropy", "lovasz", "feature", "total")]
+    np.testing.assert_allclose(terms, expected, rtol=RTOL)
+
+
+def lovasz_reference(probabilities, labels):
+    """Mean over present classes of the Jaccard loss's Lovász extension, in float64, from its definition."""
+    losses = []
+    for index in range(probabilities.shape[-1]):
+        foreground = labels == index
+        if not foreground.any():
+            continue
+        errors = np.abs(foreground - probabilities[:, index])
+        order = np.argsort(-errors, kind="stable")
+        wrong = np.tri(len(order), dtype=bool)  # row i: the i + 1 voxels of largest error are predicted wrongly
+        union = (foreground[order] | wrong).sum(1)
+        jaccard = 1 - (foreground[order] & ~wrong).sum(1) / union
+        losses.append(np.sum(errors[order] * np.diff(jaccard, prepend=0)))
+    return np.mean(losses) if losses else 0.0
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.3, 0.95, 1.0]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_lovasz_equals_its_definition(seed, share_ignored, tied):
+    rng = np.random.default_rng(seed)
+    probabilities = rng.dirichlet(np.ones(3), 60).astype(np.float32)
+    if tied:
+        probabilities = np.round(probabilities * 4) / 4
+    labels = np.where(rng.random(60) < share_ignored, IGNORE, rng.integers(0, 3, 60))
+    loss, gradient = lovasz_and_gradient(jnp.asarray(probabilities), jnp.asarray(labels))
+    valid = labels != IGNORE
+    np.testing.assert_allclose(loss, lovasz_reference(probabilities[valid].astype(float), labels[valid]), atol=2e-6)
+    assert np.all(np.isfinite(gradient))
+    assert not np.any(np.asarray(gradient)[~valid])
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=10, deadline=None)
+def test_lovasz_gradient_is_the_slope(seed):
+    rng = np.random.default_rng(seed)
+    probabilities = rng.random((40, 2))
+    labels = rng.integers(0, 2, 40)
+    direction = rng.normal(size=(40, 2))
+    step = 1e-7
+    forward, back = (lovasz_reference(probabilities + sign * step * direction, labels) for sign in (1, -1))
+    _, gradient = lovasz_and_gradient(jnp.asarray(probabilities, jnp.float32), jnp.asarray(labels))
+    np.testing.assert_allclose(np.sum(gradient * direction), (forward - back) / (2 * step), atol=1e-4)
+
+
+def test_a_single_valid_voxel_works():
+    probabilities = jnp.array([[0.3, 0.7], [0.6, 0.4]], jnp.float32)
+    loss, _ = lovasz_and_gradient(probabilities, jnp.array([IGNORE, 1]))
+    np.testing.assert_allclose(loss, 0.6, rtol=1e-6)
+
+
+def test_nothing_to_learn_from_is_zero_with_zero_gradient():
+    def total(logits, features):
+        target = jnp.full(logits.shape[:-1], IGNORE, jnp.uint8)
+        mask = jnp.zeros(features.shape[:-1], bool)
+        return pop3d_loss(logits, target, features, jnp.full_like(features, jnp.nan), mask)["total"]
+
+    logits, features = jnp.ones((2, 3, 4, 2, 2), jnp.float32), jnp.ones((2, 5, 7), jnp.float32)
+    loss, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(logits, features)
+    assert loss == 0
+    assert not any(np.any(gradient) for gradient in gradients)
+
+
+def test_feature_loss_counts_valid_points_only():
+    rng = np.random.default_rng(0)
+    prediction, target = rng.normal(size=(2, 3, 6, 4)).astype(np.float32)
+    mask = rng.random((3, 6)) < 0.5
+    expected = np.mean((prediction - target)[mask] ** 2)
+    np.testing.assert_allclose(
+        feature_loss(jnp.asarray(prediction), jnp.asarray(target), jnp.asarray(mask)), expected, rtol=1e-6
+    )
+
+
+def test_batch_terms_per_sample_and_flattened():
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(rng.normal(size=(3, 4, 3, 2, 2)).astype(np.float32))
+    target = rng.choice([0, 1, IGNORE], (3, 4, 3, 2), p=[0.6, 0.3, 0.1]).astype(np.uint8)
+    target[2] = IGNORE
+    features, goal = jnp.asarray(rng.normal(size=(2, 3, 5, 4)).astype(np.float32))
+    mask = jnp.asarray(rng.random((3, 5)) < np.array([[0.9], [0.5], [0.0]]))
+    arguments = (logits, jnp.asarray(target), features, goal, mask)
+    weights = {"cross_entropy_weight": 2.0, "lovasz_weight": 0.5, "feature_weight": 3.0}
+    result = jitted_loss(*arguments, **weights)
+    alone = [jitted_loss(*(argument[i : i + 1] for argument in arguments)) for i in range(3)]
+    for term in ("cross_entropy", "lovasz", "feature"):
+        np.testing.assert_allclose(result[term], np.mean([one[term] for one in alone]), rtol=1e-6)
+    total = 2.0 * result["cross_entropy"] + 0.5 * result["lovasz"] + 3.0 * result["feature"]
+    np.testing.assert_allclose(result["total"], total, rtol=1e-6)
+    flattened = jitted_loss(*arguments, per_sample=False)
+    np.testing.assert_allclose(
+        flattened["lovasz"],
+        lovasz_of_logits(logits.reshape(-1, 2), jnp.asarray(target.reshape(-1))),
+        rtol=1e-6,
+    )
+    assert abs(flattened["lovasz"] - result["lovasz"]) > 1e-3
+
+
+def test_without_features_the_term_is_left_out():
+    logits = jnp.zeros((1, 2, 2, 2, 2), jnp.float32)
+    result = jitted_loss(logits, jnp.ones((1, 2, 2, 2), jnp.uint8))
+    assert set(result) == {"cross_entropy", "lovasz", "total"}
+    np.testing.assert_allclose(result["cross_entropy"], np.log(2), rtol=1e-6)

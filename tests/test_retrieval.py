@@ -1,0 +1,86 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pop3d_jax import retrieval
+
+
+def write_benchmark(folder, lines, arrays):
+    (folder / "annotations").mkdir()
+    for name, matches in arrays.items():
+        np.save(folder / "annotations" / name, np.array(matches))
+    (folder / "retrieval_anns_val.csv").write_text("\n".join(lines) + "\n")
+
+
+@dataclasses.dataclass
+class Source:
+    sample_tokens: list
+
+
+@pytest.fixture
+def no_clip(monkeypatch):
+    """Phrases point along the axes of the feature space."""
+    monkeypatch.setattr(
+        retrieval, "embed_phrases", lambda clip, phrases, cache_dir=None: np.eye(3, dtype=np.float32)[: len(phrases)]
+    )
+
+
+def test_queries_are_read_in_the_published_layout(tmp_path):
+    write_benchmark(tmp_path, ["t1;val;annotations/a.npy;points.bin;a red car"], {"a.npy": [True, False]})
+    (query,) = retrieval.read_queries(tmp_path, "val")
+    assert (query.sample_token, query.phrase, query.matches.tolist()) == ("t1", "a red car", [True, False])
+
+
+@pytest.mark.parametrize(
+    ("line", "arrays", "message"),
+    [
+        ("t1;val;annotations/a.npy;a red car", {}, "4 fields"),
+        ("t1;val;annotations/none.npy;p;a red car", {}, "does not exist"),
+        ("t1;val;annotations/a.npy;p;a red car", {"a.npy": [False, False]}, "no point matches"),
+    ],
+)
+def test_bad_benchmark_files_are_named(tmp_path, line, arrays, message):
+    write_benchmark(tmp_path, [line], arrays)
+    with pytest.raises(retrieval.RetrievalError, match=message):
+        retrieval.read_queries(tmp_path, "val")
+
+
+def test_a_missing_table_is_named(tmp_path):
+    with pytest.raises(retrieval.RetrievalError, match=r"retrieval_anns_train\.csv does not exist"):
+        retrieval.read_queries(tmp_path, "train")
+
+
+def test_average_precision_is_over_the_real_points_of_valid_frames(no_clip):
+    queries = [
+        retrieval.Query("t0", "a", np.array([True, False, False])),
+        retrieval.Query("t1", "a", np.array([False, True])),
+    ]
+    scores = retrieval.Retrieval(queries, Source(["t0", "t1"]), clip=None)
+    features = np.zeros((3, 4, 3), np.float32)
+    features[0, :3, 0] = [3.0, 2.0, 1.0]  # the match is first: precision 1
+    features[1, :2, 0] = [3.0, 2.0]  # the match is second: precision 1/2
+    features[:, 3, 0] = 100.0  # padding
+    mask = np.array([[True, True, True, False], [True, True, False, False], [True, True, False, False]])
+    scores.add(features, mask, np.array([True, True, False]), np.array([0, 1, 1]), np.zeros(3, np.int32))
+    (row,) = scores.table()
+    assert row.frames == 2
+    assert np.isclose(row.average_precision, (1.0 + 0.5) / 2)
+    assert np.isclose(row.matching_share, (1 / 3 + 1 / 2) / 2)
+
+
+def test_annotations_of_another_length_are_refused(no_clip):
+    scores = retrieval.Retrieval([retrieval.Query("t0", "a", np.array([True] * 9))], Source(["t0"]), clip=None)
+    with pytest.raises(retrieval.RetrievalError, match="9 annotated points"):
+        scores.add(
+            np.zeros((1, 4, 3), np.float32),
+            np.ones((1, 4), bool),
+            np.array([True]),
+            np.array([0]),
+            np.zeros(1, np.int32),
+        )
+
+
+def test_queries_of_another_split_are_refused(no_clip):
+    with pytest.raises(retrieval.RetrievalError, match="not in the records"):
+        retrieval.Retrieval([retrieval.Query("t9", "a", np.array([True]))], Source(["t0"]), clip=None)
