@@ -13,12 +13,12 @@ from configs import pop3d_nuscenes
 def get_config() -> ml_collections.ConfigDict:
     """A network small enough for two processor cores."""
     config = pop3d_nuscenes.get_config()
-    config.batch_size = 2
-    config.total_steps = 600
+    config.batch_size = 1
+    config.total_steps = 1000
 
     config.data.records = "demo/records"
     config.data.image_hw = (144, 256)
-    config.data.teacher_image_hw = (224, 400)
+    config.data.teacher_image_hw = (144, 256)  # what the tiny CLIP was trained at
     config.data.max_feature_points = 8192
     config.data.sample_feature_points = 8192
     config.data.workers = 0
@@ -51,14 +51,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.teacher.path = "demo/tiny_clip"
     config.teacher.variant = "clip_consistent"
 
-    config.loss.feature = 10.0
-    config.optim.learning_rate = 2e-3
+    config.loss.class_weights = (1.0, 5.0)  # few steps: the rare occupied voxels get more say
+    config.optim.learning_rate = 3e-3
     config.optim.backbone_multiplier = 1.0
     config.optim.warmup_steps = 50
     config.optim.warmup_start = 1e-5
 
     config.log_every = 20
     config.checkpoint_every = 200
-    config.eval_every = 300
+    config.eval_every = 500
     config.eval_batch_size = 2
     return config

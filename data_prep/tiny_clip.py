@@ -21,10 +21,12 @@ from pop3d_jax import commands
 
 _WORLD = flags.DEFINE_string("world", None, "Folder written by data_prep.synthetic.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder for the tiny CLIP, in Hugging Face format.", required=True)
-_STEPS = flags.DEFINE_integer("steps", 300, "Training steps; 300 take under two minutes on two cores.", lower_bound=1)
+_STEPS = flags.DEFINE_integer(
+    "steps", 1000, "Training steps of the image tower; 1000 are meant for two minutes on two cores.", lower_bound=1
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the weights and of every random choice.")
 _IMAGE_SIZE = flags.DEFINE_list(
-    "image_size", ["112", "200"],
+    "image_size", ["144", "256"],
     "Height and width to which whole pictures are resized. Use the teacher at this size: what its patches mean "
     "depends on it.",
 )  # fmt: skip

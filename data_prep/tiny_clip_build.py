@@ -11,7 +11,7 @@ from flax import nnx
 from data_prep.tiny_clip_captions import phrases_about, read_kinds, train_tokenizer
 from data_prep.tiny_clip_data import read_pictures
 from data_prep.tiny_clip_evaluation import evaluate_teacher
-from data_prep.tiny_clip_training import Schedule, train_images, train_text
+from data_prep.tiny_clip_training import Schedule, train_images, train_text, whiten_patches
 from pop3d_jax.models.clip import CLIP, LoadedCLIP, load_clip, save_clip, tower_configs
 from pop3d_jax.protocol import zero_shot_protocol
 from pop3d_jax.text import embed_phrases
@@ -41,7 +41,7 @@ def clip_config(vocabulary: int) -> Any:
             "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1, **common,
         },
         vision_config={
-            "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 3,
+            "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 3,
             "image_size": 64, "patch_size": 8, **common,
         },
     )  # fmt: skip
@@ -80,6 +80,7 @@ def make_tiny_clip(
     texts = embed_phrases(
         LoadedCLIP(model, tokenizer, config, str(out)), phrases.texts, templates=zero_shot_protocol().templates[::5]
     )
+    whiten_patches(model, pictures)
     losses = train_images(model, pictures, phrases, texts, schedule)
     save_clip(out, model, config, tokenizer)
     result = evaluate_teacher(load_clip(out), world, split="val", image_hw=image_hw, max_key_frames=max_key_frames)

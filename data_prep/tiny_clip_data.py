@@ -151,7 +151,9 @@ def draw_batch(pictures: Pictures, sizes: tuple[int, int, int], random: np.rando
     )
 
 
-def _relit(image: UInt8[np.ndarray, "height width 3"], random: np.random.Generator) -> UInt8[np.ndarray, "height width 3"]:
+def _relit(
+    image: UInt8[np.ndarray, "height width 3"], random: np.random.Generator
+) -> UInt8[np.ndarray, "height width 3"]:
     """Another brightness, contrast and tint: the few scenes have few kinds of weather."""
     gain = random.uniform(*_BRIGHTNESS) * random.uniform(*_TINT, 3)
     changed = (image - 128.0) * random.uniform(*_CONTRAST) + 128.0

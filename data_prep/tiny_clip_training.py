@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, UInt8
 
@@ -24,6 +25,8 @@ _MAX_LOGIT_SCALE = float(np.log(100.0))
 # Dense features are kept near this length, per square root of their width: retrieval ranks points by the raw dot
 # product, so a length that wanders would count as relevance.
 _FEATURE_RMS = 0.5
+# Of everything that is no matrix: positions, norms, biases, the patch filters.
+_ADAM_LEARNING_RATE = 3e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +36,12 @@ class Schedule:
 
     steps: int
     seed: int
-    pictures: int = 4
-    cells: int = 384
-    crops: int = 8
+    pictures: int = 2
+    cells: int = 512
+    crops: int = 4
     text_steps: int = 100
     sentences: int = 96
-    learning_rate: float = 3e-3
+    learning_rate: float = 8e-3
     crop_weight: float = 0.3
     length_weight: float = 0.1
 
@@ -115,6 +118,27 @@ def train_text(model: CLIP, phrases: Phrases, tokenizer: Any, schedule: Schedule
     return losses
 
 
+def whiten_patches(model: CLIP, pictures: Pictures) -> None:
+    """Starts the patch embedding, in place, with the whitened principal components of the pictures' patches.
+
+    Neighbouring pixels are nearly equal, so random filters see little but mean colour, and learning the rest from
+    such a start takes most of the steps that there are.
+    """
+    kernel = model.vision.patch_embedding[...]
+    patch, width = kernel.shape[0], kernel.shape[-1]
+    images = np.asarray(normalise(jnp.asarray(pictures.images[:: max(1, len(pictures.images) // 64)])))
+    rows, columns = images.shape[1] // patch, images.shape[2] // patch
+    cut = images[:, : rows * patch, : columns * patch].reshape(len(images), rows, patch, columns, patch, 3)
+    patches = cut.transpose(0, 1, 3, 2, 4, 5).reshape(-1, patch * patch * 3).astype(np.float64)
+    patches -= patches.mean(0)
+    variances, directions = np.linalg.eigh(patches.T @ patches / len(patches))
+    order = np.argsort(-variances)[:width]
+    scale = 1 / np.sqrt(variances[order] + 0.01 * variances.mean())
+    filters = directions[:, order] * scale
+    fewer = kernel.reshape(-1, width).at[:, : filters.shape[1]].set(jnp.asarray(filters, jnp.float32))
+    model.vision.patch_embedding[...] = fewer.reshape(kernel.shape)
+
+
 def train_images(
     model: CLIP, pictures: Pictures, phrases: Phrases, texts: Float[np.ndarray, "phrases dim"], schedule: Schedule
 ) -> list[float]:
@@ -171,14 +195,20 @@ def train_images(
 
 
 def _optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 20), steps),
-            b2=0.98,
-            weight_decay=0.01,
-        ),
+    """Muon for matrices, Adam for the rest: in so few steps it gets about half as far again as Adam alone."""
+
+    def schedule(peak: float) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 20), steps)
+
+    matrices = optax.contrib.muon(
+        schedule(learning_rate),
+        weight_decay=0.01,
+        consistent_rms=0.2,
+        adam_b2=0.98,
+        adam_weight_decay=0.01,
+        adam_learning_rate=schedule(_ADAM_LEARNING_RATE),
     )
+    return optax.chain(optax.clip_by_global_norm(1.0), matrices)
 
 
 def _descend(
@@ -189,7 +219,7 @@ def _descend(
     learning_rate: float,
     description: str,
 ) -> tuple[Any, list[float]]:
-    """AdamW with warm-up and cosine decay; raises FloatingPointError where the loss is no number."""
+    """Warm-up and cosine decay; raises FloatingPointError where the loss is no number."""
     optimizer = _optimizer(learning_rate, steps)
 
     @jax.jit
@@ -206,24 +236,3 @@ def _descend(
         if not np.isfinite(losses[-1]):
             raise FloatingPointError(f"{description}: the loss is {losses[-1]} at step {step}: lower the learning rate")
     return learnt, losses
-
-
-def whiten_patches(model: CLIP, pictures: Pictures) -> None:
-    """Starts the patch embedding, in place, with the whitened principal components of the pictures' patches.
-
-    Neighbouring pixels are nearly equal, so random filters see little but mean colour, and learning the rest from
-    such a start takes most of the steps that there are.
-    """
-    kernel = model.vision.patch_embedding[...]
-    patch, width = kernel.shape[0], kernel.shape[-1]
-    images = np.asarray(normalise(jnp.asarray(pictures.images[:: max(1, len(pictures.images) // 64)])))
-    rows, columns = images.shape[1] // patch, images.shape[2] // patch
-    cut = images[:, : rows * patch, : columns * patch].reshape(len(images), rows, patch, columns, patch, 3)
-    patches = cut.transpose(0, 1, 3, 2, 4, 5).reshape(-1, patch * patch * 3).astype(np.float64)
-    patches -= patches.mean(0)
-    variances, directions = np.linalg.eigh(patches.T @ patches / len(patches))
-    order = np.argsort(-variances)[:width]
-    scale = 1 / np.sqrt(variances[order] + 0.01 * variances.mean())
-    filters = directions[:, order] * scale
-    fewer = kernel.reshape(-1, width).at[:, : filters.shape[1]].set(jnp.asarray(filters, jnp.float32))
-    model.vision.patch_embedding[...] = fewer.reshape(kernel.shape)

@@ -14,24 +14,16 @@ from etils import epath
 from pop3d_jax.baselines import constant_grid_iou, shuffled_prompts_miou
 from pop3d_jax.checkpoint import CheckpointError, Checkpoints
 from pop3d_jax.commands import run, stop_with_message
-from pop3d_jax.data.pipeline import evaluation_batches
+from pop3d_jax.data.pipeline import evaluation_batches, make_example
 from pop3d_jax.data.records import RecordError, RecordSource
 from pop3d_jax.evaluator import SEMANTIC_CLASSES, Evaluator, Results, headline
 from pop3d_jax.experiment import example_settings, make_student, restored_parts
 from pop3d_jax.metrics import mean_iou
 from pop3d_jax.nuscenes import CLASS_NAMES
-from pop3d_jax.retrieval import PhraseScore, Retrieval, RetrievalError, read_queries
+from pop3d_jax.retrieval import PhraseScore, Retrieval, RetrievalError, embed_queries, read_queries
 from pop3d_jax.sharding import make_mesh, replicated
 from pop3d_jax.teacher import load_teacher
 from pop3d_jax.workdir import WorkdirError, read_config
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that pop3d_jax.train wrote.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
-_SPLIT = flags.DEFINE_string("split", None, "Split of the records; the run's config.data.eval_split by default.")
-_RECORDS = flags.DEFINE_string("records", None, "Folder of the records; the run's own by default.")
-_OUT = flags.DEFINE_string("out", None, "Also write the numbers to this JSON file.")
-_BASELINES = flags.DEFINE_bool("baselines", False, "Also score the best constant grid and shuffled class prompts.")
-_RETRIEVAL = flags.DEFINE_string("retrieval", None, "Folder of a retrieval benchmark (retrieval_anns_SPLIT.csv).")
 
 _SHUFFLES = 5
 
@@ -44,6 +36,7 @@ def evaluate(
     records: str | None = None,
     baselines: bool = False,
     retrieval_dir: str | None = None,
+    calibration: RecordSource | None = None,
 ) -> dict:
     """Evaluates a checkpoint.
 
@@ -53,6 +46,7 @@ def evaluate(
       split, records: what to evaluate on; the run's own by default.
       baselines: also score the baselines.
       retrieval_dir: also score the phrases of this benchmark folder.
+      calibration: records whose first key frame's calibration is given to the network in place of the right one.
 
     Returns:
       Everything the table shows, ready for JSON: scores in percent, per-class IoU, counts.
@@ -73,18 +67,23 @@ def evaluate(
     evaluator = Evaluator(student, load_teacher(config.teacher).clip, mesh, text_cache)
     retrieval = None
     if retrieval_dir:
-        retrieval = Retrieval(read_queries(retrieval_dir, split), source, evaluator.clip, text_cache)
+        queries = read_queries(retrieval_dir, split)
+        retrieval = Retrieval(queries, source.sample_tokens, embed_queries(queries, evaluator.clip, text_cache))
+    batches = evaluation_batches(
+        source,
+        settings,
+        batch_size=config.eval_batch_size,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        workers=config.data.workers,
+    )
+    if calibration is not None:
+        other = make_example(calibration[0], settings, None)["lidar_to_image"]
+        batches = (batch | {"lidar_to_image": np.stack([other] * len(batch["valid"]))} for batch in batches)
     results = evaluator.run(
         restored["parameters"],
         restored["statistics"],
-        evaluation_batches(
-            source,
-            settings,
-            batch_size=config.eval_batch_size,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-            workers=config.data.workers,
-        ),
+        batches,
         -(-len(source) // config.eval_batch_size),
         retrieval,
     )
@@ -93,6 +92,7 @@ def evaluate(
         "step": step,
         "split": split,
         "frames": results.frames,
+        "calibration": "of another key frame" if calibration is not None else "right",
         "scores": headline(results),
         "per_class_iou": _per_class(results),
         "confusion_voxels_all": results.voxels_all.tolist(),
@@ -142,6 +142,7 @@ def format_table(report: dict) -> str:
     scores, baselines = report["scores"], report.get("baselines", {})
     lines = [
         f"{report['workdir']}, step {report['step']}, split {report['split']}: {report['frames']} key frames",
+        *(["calibration: of another key frame"] if report["calibration"] != "right" else []),
         "",
         f"{'score (percent)':<42}{'this run':>10}{'baseline':>10}{'ratio':>8}",
     ]
@@ -185,24 +186,46 @@ def format_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def _define_flags() -> None:
+    """Not at import, so that several commands can be imported side by side."""
+    flags.DEFINE_string("workdir", None, "Folder that pop3d_jax.train wrote.")
+    flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
+    flags.DEFINE_string("split", None, "Split of the records; the run's config.data.eval_split by default.")
+    flags.DEFINE_string("records", None, "Folder of the records; the run's own by default.")
+    flags.DEFINE_string("out", None, "Also write the numbers to this JSON file.")
+    flags.DEFINE_bool("baselines", False, "Also score the best constant grid and shuffled class prompts.")
+    flags.DEFINE_string(
+        "calibration_of_records",
+        None,
+        "Give the network the calibration of the first key frame in this records folder instead of the right one: "
+        "a network that uses its calibration must fail.",
+    )
+    flags.DEFINE_string("calibration_split", "val", "Split of --calibration_of_records.")
+    flags.DEFINE_string("retrieval", None, "Folder of a retrieval benchmark (retrieval_anns_SPLIT.csv).")
+
+
 def main(_: list[str]) -> None:
     with stop_with_message(WorkdirError, CheckpointError, RecordError, RetrievalError, ValueError, FileNotFoundError):
         report = evaluate(
-            _WORKDIR.value,
-            step=_STEP.value,
-            split=_SPLIT.value,
-            records=_RECORDS.value,
-            baselines=_BASELINES.value,
-            retrieval_dir=_RETRIEVAL.value,
+            flags.FLAGS.workdir,
+            step=flags.FLAGS.step,
+            split=flags.FLAGS.split,
+            records=flags.FLAGS.records,
+            baselines=flags.FLAGS.baselines,
+            retrieval_dir=flags.FLAGS.retrieval,
+            calibration=RecordSource(flags.FLAGS.calibration_of_records, flags.FLAGS.calibration_split)
+            if flags.FLAGS.calibration_of_records
+            else None,
         )
         print(format_table(report))
-        if _OUT.value:
-            path = epath.Path(_OUT.value)
+        if flags.FLAGS.out:
+            path = epath.Path(flags.FLAGS.out)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(report, indent=2))
             logging.info("numbers: %s", path)
 
 
 if __name__ == "__main__":
+    _define_flags()
     flags.mark_flags_as_required(["workdir"])
     run(main)

@@ -18,15 +18,6 @@ from pop3d_jax.teacher import load_teacher
 from pop3d_jax.text import embed_phrases
 from pop3d_jax.workdir import WorkdirError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that pop3d_jax.train wrote.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to ask; the newest by default.")
-_TEXT = flags.DEFINE_string("text", None, 'The phrase, e.g. "a red car".')
-_SAMPLE = flags.DEFINE_string("sample", "0", "Sample token, or number of the key frame in the split.")
-_SPLIT = flags.DEFINE_string("split", None, "Split of the records; the run's config.data.eval_split by default.")
-_RECORDS = flags.DEFINE_string("records", None, "Folder of the records; the run's own by default.")
-_OUT = flags.DEFINE_string("out", "query.png", "Picture to write.")
-_HITS = flags.DEFINE_integer("hits", 25, "How many of the best voxels are ringed in the images.")
-
 
 def best_voxels(
     occupied: Bool[np.ndarray, "x y z"], similarity: Float[np.ndarray, "x y z"], count: int
@@ -95,23 +86,36 @@ def query(
     return "\n".join(lines)
 
 
+def _define_flags() -> None:
+    """Not at import, so that several commands can be imported side by side."""
+    flags.DEFINE_string("workdir", None, "Folder that pop3d_jax.train wrote.")
+    flags.DEFINE_integer("step", None, "Checkpoint to ask; the newest by default.")
+    flags.DEFINE_string("text", None, 'The phrase, e.g. "a red car".')
+    flags.DEFINE_string("sample", "0", "Sample token, or number of the key frame in the split.")
+    flags.DEFINE_string("split", None, "Split of the records; the run's config.data.eval_split by default.")
+    flags.DEFINE_string("records", None, "Folder of the records; the run's own by default.")
+    flags.DEFINE_string("out", "query.png", "Picture to write.")
+    flags.DEFINE_integer("hits", 25, "How many of the best voxels are ringed in the images.")
+
+
 def main(_: list[str]) -> None:
     with stop_with_message(WorkdirError, CheckpointError, RecordError, ValueError, FileNotFoundError):
         print(
             query(
-                _WORKDIR.value,
-                _TEXT.value,
-                _SAMPLE.value,
-                _OUT.value,
-                step=_STEP.value,
-                split=_SPLIT.value,
-                records=_RECORDS.value,
-                hits=_HITS.value,
+                flags.FLAGS.workdir,
+                flags.FLAGS.text,
+                flags.FLAGS.sample,
+                flags.FLAGS.out,
+                step=flags.FLAGS.step,
+                split=flags.FLAGS.split,
+                records=flags.FLAGS.records,
+                hits=flags.FLAGS.hits,
             )
         )
-        logging.info("picture: %s", _OUT.value)
+        logging.info("picture: %s", flags.FLAGS.out)
 
 
 if __name__ == "__main__":
+    _define_flags()
     flags.mark_flags_as_required(["workdir", "text"])
     run(main)

@@ -6,12 +6,12 @@ and one boolean array a query, in the order of the sweep's points.
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float, Int
 
-from pop3d_jax.data.records import RecordSource
 from pop3d_jax.metrics import average_precision
 from pop3d_jax.models.clip import LoadedCLIP
 from pop3d_jax.text import embed_phrases
@@ -71,29 +71,41 @@ def read_queries(directory: epath.PathLike, split: str) -> list[Query]:
     return queries
 
 
+def embed_queries(
+    queries: list[Query], clip: LoadedCLIP, text_cache: epath.PathLike | None = None
+) -> dict[str, Float[np.ndarray, " dim"]]:
+    """Text vector of every phrase, averaged over the official templates."""
+    phrases = sorted({query.phrase for query in queries})
+    return dict(zip(phrases, embed_phrases(clip, phrases, cache_dir=text_cache), strict=True))
+
+
 class Retrieval:
     """Gathers one average precision per (key frame, query), over all points, by the raw dot product as official."""
 
     def __init__(
-        self,
-        queries: list[Query],
-        source: RecordSource,
-        clip: LoadedCLIP,
-        text_cache: epath.PathLike | None = None,
+        self, queries: list[Query], sample_tokens: list[str], embeddings: Mapping[str, Float[np.ndarray, " dim"]]
     ):
-        known = set(source.sample_tokens)
-        missing = sorted({query.sample_token for query in queries} - known)
+        """Prepares the queries.
+
+        Args:
+          queries: from `read_queries`.
+          sample_tokens: of the records that will be evaluated, in their order.
+          embeddings: text vector of every phrase, from `embed_queries`.
+
+        Raises:
+          RetrievalError: a query's sample is not among the records.
+        """
+        missing = sorted({query.sample_token for query in queries} - set(sample_tokens))
         if missing:
             raise RetrievalError(
                 f"{len(missing)} samples of the retrieval queries are not in the records ({missing[0]}, ...): "
                 "evaluate the split that the queries were made for"
             )
-        self._tokens = source.sample_tokens
+        self._tokens = sample_tokens
         self._queries = collections.defaultdict(list)
         for query in queries:
             self._queries[query.sample_token].append(query)
-        phrases = sorted({query.phrase for query in queries})
-        self._text = dict(zip(phrases, embed_phrases(clip, phrases, cache_dir=text_cache), strict=True))
+        self._text = embeddings
         self._scores: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
 
     def add(

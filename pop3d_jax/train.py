@@ -30,14 +30,6 @@ from pop3d_jax.sharding import make_mesh, replicated, shard_batch
 from pop3d_jax.step import initial_state, make_train_step
 from pop3d_jax.teacher import load_teacher
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/demo.py.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
-_STOP_AFTER = flags.DEFINE_integer(
-    "stop_after",
-    None,
-    "Stop (with a checkpoint) when this many steps are done; the schedule stays that of the config.",
-)
-
 
 class NonFiniteLossError(Exception):
     """The loss is NaN or infinite; the message names the step, its sample tokens and the last good checkpoint."""
@@ -235,6 +227,17 @@ def train(
     return logged
 
 
+def _define_flags() -> None:
+    """Not at import, so that several commands can be imported side by side."""
+    config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/demo.py.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
+    flags.DEFINE_integer(
+        "stop_after",
+        None,
+        "Stop (with a checkpoint) when this many steps are done; the schedule stays that of the config.",
+    )
+
+
 def main(_: list[str]) -> None:
     if jax.process_count() > 1:
         logging.info("process %d of %d", jax.process_index(), jax.process_count())
@@ -242,9 +245,10 @@ def main(_: list[str]) -> None:
     with stop_with_message(
         NonFiniteLossError, workdirs.WorkdirError, CheckpointError, RecordError, ValueError, FileNotFoundError
     ):
-        train(_CONFIG.value, _WORKDIR.value, _STOP_AFTER.value)
+        train(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.stop_after)
 
 
 if __name__ == "__main__":
+    _define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     run(main)

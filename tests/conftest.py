@@ -1,5 +1,6 @@
 """Fixtures of the whole suite: where golden data is, and shapes checked at run time."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,16 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time is compilation of programs that run for milliseconds.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Workers of the input pipeline and command tests inherit this: no telemetry, no hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import ml_collections
 import pytest
 from jaxtyping import install_import_hook
 
 # Every signature of the package is checked against the arrays it really gets.
 _hook = install_import_hook("pop3d_jax", "beartype.beartype")
+# The package sets what XLA reads when it starts: import it before any test asks for a device.
+importlib.import_module("pop3d_jax")
 
-import pop3d_jax  # noqa: E402, F401 (sets what XLA reads when it starts, before any test asks for a device)
 
 _PROJECT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +73,69 @@ def small_records(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -
     for split in ("train", "val"):
         _run_module("data_prep.build", source=small_world, version="v1.0-trainval", split=split, out=folder)
     return folder
+
+
+def small_fields(records: Path, teacher: Path) -> dict[str, object]:
+    """Fields that make the demo's experiment as small as it goes, on the small world."""
+    return {
+        "data.records": str(records),
+        "data.image_hw": (64, 96),
+        "data.teacher_image_hw": (48, 80),
+        "data.max_feature_points": 2_000,
+        "data.sample_feature_points": 2_000,
+        "data.photometric": True,
+        "model.backbone_blocks": (1, 1, 1, 1),
+        "model.backbone_width": 8,
+        "model.grid_size": (12, 10, 4),
+        "model.embed_dims": 16,
+        "model.num_heads": 2,
+        "model.num_layers": 1,
+        "model.feature_dim": 16,
+        "model.dropout": 0.1,
+        "model.grid_mask": True,
+        "teacher.path": str(teacher),
+        "total_steps": 8,
+        "log_every": 1,
+        "checkpoint_every": 2,
+        "eval_every": 100,
+        "batch_size": 2,
+    }
+
+
+@pytest.fixture
+def small_config(small_records: Path, tiny_clip_folder: Path) -> ml_collections.ConfigDict:
+    """The experiment of `small_run`."""
+    config = importlib.import_module("configs.demo").get_config()
+    config.update_from_flattened_dict(small_fields(small_records, tiny_clip_folder))
+    return config
+
+
+@pytest.fixture(scope="session")
+def small_train(
+    small_records: Path, tiny_clip_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.Popen]:
+    """Starts the training command of the small experiment in a process of its own: `small_train(workdir, *flags)`."""
+    # Several processes compile the same program: once is enough.
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compilation_cache"))}
+
+    def start(workdir: Path, *more: str) -> subprocess.Popen:
+        fields = [f"--config.{name}={value}" for name, value in small_fields(small_records, tiny_clip_folder).items()]
+        command = [sys.executable, "-m", "pop3d_jax.train", "--config=configs/demo.py", f"--workdir={workdir}"]
+        return subprocess.Popen(
+            [*command, *fields, *more], cwd=_PROJECT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def small_run(small_train: Callable[..., subprocess.Popen], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Workdir of a finished, unbroken run of the small experiment."""
+    workdir = tmp_path_factory.mktemp("small_run") / "run"
+    process = small_train(workdir)
+    _, log = process.communicate(timeout=400)
+    assert process.returncode == 0, log
+    return workdir
 
 
 def _run_module(module: str, **arguments: object) -> None:

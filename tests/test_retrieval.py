@@ -1,9 +1,8 @@
-import dataclasses
-
 import numpy as np
 import pytest
 
 from pop3d_jax import retrieval
+from pop3d_jax.models.clip import load_clip
 
 
 def write_benchmark(folder, lines, arrays):
@@ -13,17 +12,7 @@ def write_benchmark(folder, lines, arrays):
     (folder / "retrieval_anns_val.csv").write_text("\n".join(lines) + "\n")
 
 
-@dataclasses.dataclass
-class Source:
-    sample_tokens: list
-
-
-@pytest.fixture
-def no_clip(monkeypatch):
-    """Phrases point along the axes of the feature space."""
-    monkeypatch.setattr(
-        retrieval, "embed_phrases", lambda clip, phrases, cache_dir=None: np.eye(3, dtype=np.float32)[: len(phrases)]
-    )
+EMBEDDINGS = {"a": np.array([1.0, 0.0, 0.0], np.float32)}
 
 
 def test_queries_are_read_in_the_published_layout(tmp_path):
@@ -51,12 +40,12 @@ def test_a_missing_table_is_named(tmp_path):
         retrieval.read_queries(tmp_path, "train")
 
 
-def test_average_precision_is_over_the_real_points_of_valid_frames(no_clip):
+def test_average_precision_is_over_the_real_points_of_valid_frames():
     queries = [
         retrieval.Query("t0", "a", np.array([True, False, False])),
         retrieval.Query("t1", "a", np.array([False, True])),
     ]
-    scores = retrieval.Retrieval(queries, Source(["t0", "t1"]), clip=None)
+    scores = retrieval.Retrieval(queries, ["t0", "t1"], EMBEDDINGS)
     features = np.zeros((3, 4, 3), np.float32)
     features[0, :3, 0] = [3.0, 2.0, 1.0]  # the match is first: precision 1
     features[1, :2, 0] = [3.0, 2.0]  # the match is second: precision 1/2
@@ -69,8 +58,8 @@ def test_average_precision_is_over_the_real_points_of_valid_frames(no_clip):
     assert np.isclose(row.matching_share, (1 / 3 + 1 / 2) / 2)
 
 
-def test_annotations_of_another_length_are_refused(no_clip):
-    scores = retrieval.Retrieval([retrieval.Query("t0", "a", np.array([True] * 9))], Source(["t0"]), clip=None)
+def test_annotations_of_another_length_are_refused():
+    scores = retrieval.Retrieval([retrieval.Query("t0", "a", np.array([True] * 9))], ["t0"], EMBEDDINGS)
     with pytest.raises(retrieval.RetrievalError, match="9 annotated points"):
         scores.add(
             np.zeros((1, 4, 3), np.float32),
@@ -81,6 +70,16 @@ def test_annotations_of_another_length_are_refused(no_clip):
         )
 
 
-def test_queries_of_another_split_are_refused(no_clip):
+def test_queries_of_another_split_are_refused():
     with pytest.raises(retrieval.RetrievalError, match="not in the records"):
-        retrieval.Retrieval([retrieval.Query("t9", "a", np.array([True]))], Source(["t0"]), clip=None)
+        retrieval.Retrieval([retrieval.Query("t9", "a", np.array([True]))], ["t0"], EMBEDDINGS)
+
+
+def test_phrases_are_embedded_once_each(tiny_clip_folder):
+    queries = [
+        retrieval.Query(token, phrase, np.array([True])) for token, phrase in (("t0", "b"), ("t1", "a"), ("t2", "b"))
+    ]
+    embeddings = retrieval.embed_queries(queries, load_clip(tiny_clip_folder))
+    assert list(embeddings) == ["a", "b"]
+    assert np.isclose(np.linalg.norm(embeddings["a"]), 1.0, atol=1e-5)
+    assert not np.allclose(embeddings["a"], embeddings["b"])

@@ -8,13 +8,13 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from golden_model import tiny_model
 
 from pop3d_jax.convert import model_to_state_dict
 from pop3d_jax.experiment import frozen_by
 from pop3d_jax.losses import pop3d_loss
 from pop3d_jax.models.parameters import merge_model, split_model
 from pop3d_jax.optim import make_optimizer, parameter_groups, trainable_norm
-from tests.golden_model import tiny_model
 
 VARIANTS = {"plain": "loss_voxel_target", "weighted_ignore": "loss_voxel_target_ignore"}
 

@@ -19,6 +19,9 @@ from safetensors.numpy import save_file
 
 from pop3d_jax.models.clip_towers import TextConfig, TextTower, VisionConfig, VisionTower
 
+# Before transformers is imported: it would advise to install PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 # Our parameter paths -> the names `transformers` gives them. Blocks have the same names in both.
 _RENAMES = (
     ("vision.class_embedding", "vision_model.embeddings.class_embedding"),
@@ -182,7 +185,6 @@ def _download(name: str) -> Path:
 def _read_config(folder: Path, name: str) -> Any:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name} is no CLIP folder: it has no config.json (Hugging Face format)")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     from transformers import AutoConfig
 
     with warnings.catch_warnings():

@@ -135,9 +135,9 @@ def sample_planes(planes: TPVPlanes, points: Float[Array, "batch points 3"]) -> 
     """Sum of the three planes' bilinear samples at points (x, y, z) in grid cells."""
     size = jnp.asarray([planes.hw.shape[2], planes.hw.shape[1], planes.zh.shape[1]], jnp.float32)
     scaled = points / size * 2.0 - 1.0
-    # Each plane is an image: its columns are the first of the two coordinates.
+    # Each plane is an image whose columns are the first of its coordinates: (x, y), (y, z), (z, x).
     return (
-        grid_sample(planes.hw, scaled[..., jnp.array([0, 1])])
-        + grid_sample(planes.zh, scaled[..., jnp.array([1, 2])])
-        + grid_sample(planes.wz, scaled[..., jnp.array([2, 0])])
+        grid_sample(planes.hw, scaled[..., :2])
+        + grid_sample(planes.zh, scaled[..., 1:])
+        + grid_sample(planes.wz, scaled[..., ::-2])
     )

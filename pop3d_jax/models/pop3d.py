@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -180,15 +179,3 @@ class Pop3D(nnx.Module):
             capture |= {f"neck.{i}": level for i, level in enumerate(levels)}
         planes = self.encoder(levels, lidar_to_image, (height, width), dropout_key, capture)
         return self.heads(planes, points, feature_points, voxel_features=voxel_features)
-
-
-def frozen_parameter(path: tuple[Any, ...]) -> bool:
-    """Whether training leaves a parameter alone: stem, first residual stage, and scale and bias of every BatchNorm.
-
-    Args:
-        path: of a parameter in the model's tree of parameters, e.g. ("backbone", "layer1", 0, "conv1", "kernel").
-    """
-    if path[0] != "backbone":
-        return False
-    batch_norm = path[-1] == "scale" or (path[-1] == "bias" and "conv_offset" not in path)
-    return path[1] in ("conv1", "bn1", "layer1") or batch_norm

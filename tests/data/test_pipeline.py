@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_root import IMAGE_HW, write_tiny_root
 
 from data_prep.split_build import build_split
 from pop3d_jax.data import pipeline
 from pop3d_jax.data.records import RecordSource
 from pop3d_jax.geometry import lidar_to_image, project
 from pop3d_jax.nuscenes import IMAGE_MEAN_BGR, LIDARSEG_TO_CLASS
-from tests.data_prep.tiny_root import IMAGE_HW, write_tiny_root
 
 SETTINGS = pipeline.ExampleSettings(
     image_hw=IMAGE_HW, teacher_image_hw=(18, 32), max_points=400, max_feature_points=900, photometric=True

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 from golden_model import tiny_model
 
-from pop3d_jax.models.pop3d import Pop3D, Pop3DConfig, frozen_parameter
+from pop3d_jax.experiment import frozen_by
+from pop3d_jax.models.pop3d import Pop3D, Pop3DConfig
 
 # Float32 arrays of two implementations differ by the noise of both: `max_abs` of tiny_float32_noise.json is one
 # float32 run against float64. Measured: at most 2.1 times it.
@@ -183,7 +184,8 @@ def test_published_network_has_the_published_sizes():
     sizes = {path: int(np.prod(v.shape)) for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     # Both numbers are the official model's (all parameters; those with requires_grad).
     assert sum(sizes.values()) == 64_626_752
-    assert sum(size for path, size in sizes.items() if not frozen_parameter(path)) == 64_299_008
+    is_frozen = frozen_by(frozen_stages=1, train_batch_norm=False)
+    assert sum(size for path, size in sizes.items() if not is_frozen(tuple(map(str, path)))) == 64_299_008
 
 
 @pytest.mark.parametrize(
