@@ -93,7 +93,8 @@ def _draw_above(axes: Axes, image: Float[np.ndarray, "x y 4"], volume: Volume) -
     )
     # The car itself: 1.8 m by 4.5 m around the lidar, pointing forward.
     axes.add_patch(plt.Polygon([(-0.9, -2.8), (0.9, -2.8), (0.9, 1.0), (0, 2.2), (-0.9, 1.0)], color="#222222"))
-    axes.set(xlabel="metres to the right", ylabel="metres ahead", facecolor="#ffffff")
+    axes.set_xlabel("metres to the right", fontsize=8)
+    axes.set_ylabel("metres ahead", fontsize=8, labelpad=0)
     axes.tick_params(labelsize=8)
 
 
@@ -160,9 +161,9 @@ def draw_query(
     colours = _SIMILARITY(scale(values))[:, :3] if values.size else np.zeros((0, 3))
 
     columns = 2 if target is None else 4
-    figure = plt.figure(figsize=(15, 12.4 if target is not None else 13.5), facecolor="white")
+    figure = plt.figure(figsize=(15, 10.4), facecolor="white")
     grid = figure.add_gridspec(
-        2, 1, height_ratios=(1.15, 1), hspace=0.08, left=0.03, right=0.985, top=0.94, bottom=0.05
+        2, 1, height_ratios=(1.35, 1), hspace=0.1, left=0.045, right=0.985, top=0.93, bottom=0.06
     )
     images = grid[0].subgridspec(2, 3, wspace=0.02, hspace=0.10)
     _draw_images([figure.add_subplot(images[index]) for index in range(6)], key_frame, voxel_centres(hits, volume))
@@ -202,7 +203,7 @@ def draw_query(
             ncols=4,
             fontsize=7,
             loc="upper center",
-            bbox_to_anchor=(0.5, 0.05),
+            bbox_to_anchor=(0.5, 0.02),
             frameon=False,
         )
     figure.suptitle(title, fontsize=14, fontweight="bold")
