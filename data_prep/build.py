@@ -20,25 +20,13 @@ from data_prep.table_rows import SourceError
 from pop3d_jax.commands import run
 from pop3d_jax.data.shards import RecordError
 
-_SOURCE = flags.DEFINE_string("source", None, "Root of the data set, local or gs://: holds --version and samples/.")
-_VERSION = flags.DEFINE_enum("version", None, list(splits.SPLITS_OF_VERSION), "Folder of the tables.")
-_SPLIT = flags.DEFINE_string(
-    "split", None, "mini_train, mini_val (v1.0-mini); train, val (v1.0-trainval); test (v1.0-test)."
-)
-_OUT = flags.DEFINE_string("out", None, "Records folder, local or gs://; made if it does not exist.", required=True)
-_ON_ERROR = flags.DEFINE_enum(
-    "on_error", "stop", ["stop", "skip"], "A key frame that cannot be read: stop, or leave it out and report it."
-)
-_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes; each works on one scene.", lower_bound=1)
-_CHECK = flags.DEFINE_bool("check", False, "Verify the records in --out (of --split, or all) instead of building.")
-
 EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_SKIPPED = 3
 
 
 def _check() -> int:
-    checks = check_records.check_records(_OUT.value, _SPLIT.value, _WORKERS.value)
+    checks = check_records.check_records(flags.FLAGS.out, flags.FLAGS.split, flags.FLAGS.workers)
     print(check_records.check_table(checks))
     problems = [problem for check in checks for problem in check.problems]
     for problem in problems:
@@ -47,16 +35,16 @@ def _check() -> int:
 
 
 def _build() -> int:
-    missing = [flag.name for flag in (_SOURCE, _VERSION, _SPLIT) if flag.value is None]
+    missing = [name for name in ("source", "version", "split") if flags.FLAGS[name].value is None]
     if missing:
         raise app.UsageError(f"building needs {', '.join('--' + name for name in missing)}")
     index = build_split(
-        _SOURCE.value,
-        _VERSION.value,
-        _SPLIT.value,
-        _OUT.value,
-        skip_errors=_ON_ERROR.value == "skip",
-        workers=_WORKERS.value,
+        flags.FLAGS.source,
+        flags.FLAGS.version,
+        flags.FLAGS.split,
+        flags.FLAGS.out,
+        skip_errors=flags.FLAGS.on_error == "skip",
+        workers=flags.FLAGS.workers,
     )
     size = sum(shard.bytes for shard in index.shards)
     count = sum(len(shard.offsets) for shard in index.shards)
@@ -65,17 +53,32 @@ def _build() -> int:
     for entry in skipped:
         logging.warning("Skipped sample %s: %s", entry["sample_token"], entry["error"])
     if skipped:
-        report = epath.Path(_OUT.value) / "build_report.json"
+        report = epath.Path(flags.FLAGS.out) / "build_report.json"
         logging.warning("%d key frames were skipped; they are listed in %s.", len(skipped), report)
         return EXIT_SKIPPED
     return EXIT_DONE
+
+
+def _define_flags() -> None:
+    """Not at import, so that several commands can be imported side by side."""
+    flags.DEFINE_string("source", None, "Root of the data set, local or gs://: holds --version and samples/.")
+    flags.DEFINE_enum("version", None, list(splits.SPLITS_OF_VERSION), "Folder of the tables.")
+    flags.DEFINE_string(
+        "split", None, "mini_train, mini_val (v1.0-mini); train, val (v1.0-trainval); test (v1.0-test)."
+    )
+    flags.DEFINE_string("out", None, "Records folder, local or gs://; made if it does not exist.", required=True)
+    flags.DEFINE_enum(
+        "on_error", "stop", ["stop", "skip"], "A key frame that cannot be read: stop, or leave it out and report it."
+    )
+    flags.DEFINE_integer("workers", os.cpu_count(), "Processes; each works on one scene.", lower_bound=1)
+    flags.DEFINE_bool("check", False, "Verify the records in --out (of --split, or all) instead of building.")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"not a flag: {' '.join(argv[1:])}")
     try:
-        return _check() if _CHECK.value else _build()
+        return _check() if flags.FLAGS.check else _build()
     except (SourceError, BuildError, RecordError, splits.SplitError, parallel.WorkerError, OSError) as error:
         # Errors of the data set and of the folder say what to do; a traceback would only hide that.
         logging.error("%s", error)
@@ -83,4 +86,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    _define_flags()
     run(main)

@@ -38,13 +38,6 @@ GENERATOR_VERSION = 1
 # A fifth of the scenes is held out, at least one.
 _VAL_SHARE = 0.2
 
-_OUT = flags.DEFINE_string("out", None, "Folder to write the world to; new, empty, or holding the same world.")
-_SCENES = flags.DEFINE_integer("scenes", 20, "Number of scenes, a fifth of them in the val split.", lower_bound=2)
-_KEYFRAMES = flags.DEFINE_integer("keyframes", 8, "Key frames of each scene, half a second apart.", 1, 40)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the world.", lower_bound=0)
-_IMAGE_SCALE = flags.DEFINE_float("image_scale", 0.25, "Size of the images as a share of 1600 x 900.", 0.02, 1.0)
-_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Number of processes.", lower_bound=1)
-
 
 class WorldError(ValueError):
     """The world asked for cannot be written; says which flag to change."""
@@ -117,12 +110,29 @@ def build_world(out: Path, scenes: int, keyframes: int, seed: int, image_scale: 
     return True
 
 
+def _define_flags() -> None:
+    """Not at import, so that several commands can be imported side by side."""
+    flags.DEFINE_string("out", None, "Folder to write the world to; new, empty, or holding the same world.")
+    flags.DEFINE_integer("scenes", 20, "Number of scenes, a fifth of them in the val split.", lower_bound=2)
+    flags.DEFINE_integer("keyframes", 8, "Key frames of each scene, half a second apart.", 1, 40)
+    flags.DEFINE_integer("seed", 0, "Seed of the world.", lower_bound=0)
+    flags.DEFINE_float("image_scale", 0.25, "Size of the images as a share of 1600 x 900.", 0.02, 1.0)
+    flags.DEFINE_integer("workers", os.cpu_count(), "Number of processes.", lower_bound=1)
+
+
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    out = Path(_OUT.value)
+    out = Path(flags.FLAGS.out)
     try:
-        wrote = build_world(out, _SCENES.value, _KEYFRAMES.value, _SEED.value, _IMAGE_SCALE.value, _WORKERS.value)
+        wrote = build_world(
+            out,
+            flags.FLAGS.scenes,
+            flags.FLAGS.keyframes,
+            flags.FLAGS.seed,
+            flags.FLAGS.image_scale,
+            flags.FLAGS.workers,
+        )
     except WorldError as error:
         logging.error("%s", error)
         return 1
@@ -131,5 +141,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    _define_flags()
     flags.mark_flag_as_required("out")
     run(main)

@@ -19,38 +19,41 @@ from data_prep.tiny_clip_evaluation import report
 from data_prep.tiny_clip_training import Schedule
 from pop3d_jax import commands
 
-_WORLD = flags.DEFINE_string("world", None, "Folder written by data_prep.synthetic.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder for the tiny CLIP, in Hugging Face format.", required=True)
-_STEPS = flags.DEFINE_integer(
-    "steps", 1000, "Training steps of the image tower; 1000 are meant for two minutes on two cores.", lower_bound=1
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the weights and of every random choice.")
-_IMAGE_SIZE = flags.DEFINE_list(
-    "image_size", ["144", "256"],
-    "Height and width to which whole pictures are resized. Use the teacher at this size: what its patches mean "
-    "depends on it.",
-)  # fmt: skip
-_MAX_PICTURES = flags.DEFINE_integer("max_pictures", 1200, "Most training pictures to read.", lower_bound=1)
-_MAX_KEY_FRAMES = flags.DEFINE_integer("max_key_frames", 40, "Most held-out key frames to judge on.", lower_bound=1)
+
+def _define_flags() -> None:
+    """Not at import, so that several commands can be imported side by side."""
+    flags.DEFINE_string("world", None, "Folder written by data_prep.synthetic.", required=True)
+    flags.DEFINE_string("out", None, "Folder for the tiny CLIP, in Hugging Face format.", required=True)
+    flags.DEFINE_integer(
+        "steps", 1000, "Training steps of the image tower; 1000 are meant for two minutes on two cores.", lower_bound=1
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of the weights and of every random choice.")
+    flags.DEFINE_list(
+        "image_size", ["144", "256"],
+        "Height and width to which whole pictures are resized. Use the teacher at this size: what its patches mean "
+        "depends on it.",
+    )  # fmt: skip
+    flags.DEFINE_integer("max_pictures", 1200, "Most training pictures to read.", lower_bound=1)
+    flags.DEFINE_integer("max_key_frames", 40, "Most held-out key frames to judge on.", lower_bound=1)
 
 
 def main(_: list[str]) -> None:
-    world, out = Path(_WORLD.value), Path(_OUT.value)
+    world, out = Path(flags.FLAGS.world), Path(flags.FLAGS.out)
     if not (world / "world.json").is_file():
         sys.exit(f"error: --world {world} has no world.json: make it with python -m data_prep.synthetic --out {world}")
     try:
-        height, width = map(int, _IMAGE_SIZE.value)
+        height, width = map(int, flags.FLAGS.image_size)
     except ValueError:
-        sys.exit(f"error: --image_size {','.join(_IMAGE_SIZE.value)} must be height,width in pixels")
+        sys.exit(f"error: --image_size {','.join(flags.FLAGS.image_size)} must be height,width in pixels")
     start = time.monotonic()
     with commands.stop_with_message(SourceError, FileNotFoundError, FloatingPointError, ValueError):
         _, result = make_tiny_clip(
             world,
             out,
-            schedule=Schedule(steps=_STEPS.value, seed=_SEED.value),
+            schedule=Schedule(steps=flags.FLAGS.steps, seed=flags.FLAGS.seed),
             image_hw=(height, width),
-            max_pictures=_MAX_PICTURES.value,
-            max_key_frames=_MAX_KEY_FRAMES.value,
+            max_pictures=flags.FLAGS.max_pictures,
+            max_key_frames=flags.FLAGS.max_key_frames,
         )
     print("zero-shot at the lidar points of held-out scenes (the bound of what a student can learn):")
     print(report(result))
@@ -58,4 +61,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    _define_flags()
     commands.run(main)
