@@ -7,7 +7,7 @@ from jaxtyping import Int
 from pop3d_jax.data.pipeline import ExampleSettings, evaluation_batches
 from pop3d_jax.data.records import RecordSource
 from pop3d_jax.evaluator import SEMANTIC_CLASSES
-from pop3d_jax.labels import evaluation_labels
+from pop3d_jax.labels import evaluation_labels, occupancy_tpvformer
 from pop3d_jax.metrics import best_constant_grid, mean_iou
 from pop3d_jax.nuscenes import IGNORE
 from pop3d_jax.progress import progress
@@ -18,35 +18,43 @@ _BATCH = 4
 
 def _occupancy_counts(
     source: RecordSource, settings: ExampleSettings, volume: Volume, description: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Frames in which each voxel is occupied, and in which it is observed."""
-    targets = jax.jit(
-        jax.vmap(lambda points, labels, mask: evaluation_labels(points, labels, mask, volume)["occupancy_eval"])
-    )
-    occupied = np.zeros(volume.grid_size)
-    observed = np.zeros(volume.grid_size)
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For each kind of target: frames in which a voxel is occupied, and in which it counts."""
+
+    def targets(points: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        observed = evaluation_labels(points, labels, mask, volume)["occupancy_eval"]
+        return {"observed": observed, "all": occupancy_tpvformer(points, mask, volume)}
+
+    compiled = jax.jit(jax.vmap(targets))
+    counts = {kind: (np.zeros(volume.grid_size), np.zeros(volume.grid_size)) for kind in ("observed", "all")}
     batches = evaluation_batches(source, settings, batch_size=_BATCH)
     for batch in progress(batches, -(-len(source) // _BATCH), description):
-        grids = np.asarray(targets(batch["points"], batch["point_labels"], batch["point_mask"]))[batch["valid"]]
-        occupied += (grids == 1).sum(0)
-        observed += (grids != IGNORE).sum(0)
-    return occupied, observed
+        for kind, grids in compiled(batch["points"], batch["point_labels"], batch["point_mask"]).items():
+            valid = np.asarray(grids)[batch["valid"]]
+            counts[kind][0][...] += (valid == 1).sum(0)
+            counts[kind][1][...] += (valid != IGNORE).sum(0)
+    return counts
 
 
-def constant_grid_iou(train: RecordSource, held_out: RecordSource, settings: ExampleSettings, volume: Volume) -> float:
+def constant_grid_iou(
+    train: RecordSource, held_out: RecordSource, settings: ExampleSettings, volume: Volume
+) -> dict[str, float]:
     """Occupancy IoU (0..1) on held-out frames of the best grid that is the same for every frame.
 
     The training set's mean occupancy is formed in both sensible ways, over all frames and over those in which the
-    voxel was observed, and thresholded where it does best on the held-out frames themselves: no constant predictor
-    made from it can do better.
+    voxel counts, and thresholded where it does best on the held-out frames themselves: no constant predictor made
+    from it can do better.
+
+    Returns:
+      "observed": judged on observed voxels; "all": on all voxels, unobserved ones free.
     """
-    occupied, observed = _occupancy_counts(train, settings, volume, "mean occupancy of the training set")
-    judged_occupied, judged_observed = _occupancy_counts(held_out, settings, volume, "held-out occupancy")
-    means = (
-        occupied / len(train),
-        np.divide(occupied, observed, out=np.zeros_like(occupied), where=observed > 0),
-    )
-    return max(best_constant_grid(mean, judged_occupied, judged_observed).iou for mean in means)
+    learned = _occupancy_counts(train, settings, volume, "mean occupancy of the training set")
+    judged = _occupancy_counts(held_out, settings, volume, "held-out occupancy")
+    scores = {}
+    for kind, (occupied, counted) in learned.items():
+        means = (occupied / len(train), np.divide(occupied, counted, out=np.zeros_like(occupied), where=counted > 0))
+        scores[kind] = max(best_constant_grid(mean, *judged[kind]).iou for mean in means)
+    return scores
 
 
 def shuffled_prompts_miou(confusion: Int[np.ndarray, "18 18"], shuffles: int, seed: int = 0) -> list[float]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from pop3d_jax.experiment import Student
-from pop3d_jax.labels import evaluation_labels
+from pop3d_jax.labels import evaluation_labels, occupancy_tpvformer
 from pop3d_jax.metrics import assign_classes, confusion_matrix, mean_iou, occupancy_iou
 from pop3d_jax.models.clip import LoadedCLIP
 from pop3d_jax.models.parameters import ArrayTree, merge_model
@@ -38,6 +38,7 @@ class Results:
 
     Attributes:
       occupancy: free / occupied over all observed voxels (`vox_agn_all`).
+      occupancy_all: free / occupied over all voxels, unobserved ones free: the target of the training.
       voxels_all: classes and free space over all observed voxels (`vox_clip_all`, the paper's headline).
       voxels_occupied: classes at voxels whose target has a class, whatever occupancy was predicted there.
       points: classes at labelled lidar points.
@@ -45,6 +46,7 @@ class Results:
     """
 
     occupancy: Int[np.ndarray, "2 2"]
+    occupancy_all: Int[np.ndarray, "2 2"]
     voxels_all: Int[np.ndarray, "18 18"]
     voxels_occupied: Int[np.ndarray, "18 18"]
     points: Int[np.ndarray, "18 18"]
@@ -58,6 +60,7 @@ def headline(results: Results) -> dict[str, float]:
     points = mean_iou(results.points, SEMANTIC_CLASSES)
     return {
         "occupancy_iou": 100.0 * occupancy_iou(results.occupancy),
+        "occupancy_iou_all_voxels": 100.0 * occupancy_iou(results.occupancy_all),
         "miou_voxels_all": voxels_all.present_mean,
         "miou_voxels_all_official": voxels_all.official_mean,
         "miou_voxels_occupied": occupied.present_mean,
@@ -99,6 +102,9 @@ class Evaluator:
         targets = jax.vmap(lambda *example: evaluation_labels(*example, volume))(
             batch["points"], batch["point_labels"], batch["point_mask"]
         )
+        trained = jax.vmap(lambda points, mask: occupancy_tpvformer(points, mask, volume))(
+            batch["points"], batch["point_mask"]
+        )
         occupied = jnp.argmax(output.occupancy_logits, -1).astype(jnp.int32)
         voxel_classes = assign_classes(output.voxel_features, embeddings, classes)
         point_classes = assign_classes(output.point_features, embeddings, classes)
@@ -112,6 +118,7 @@ class Evaluator:
             "occupancy": confusion_matrix(
                 targets["occupancy_eval"].astype(jnp.int32), occupied, 2, IGNORE, _like(valid, occupied)
             ),
+            "occupancy_all": confusion_matrix(trained.astype(jnp.int32), occupied, 2, IGNORE, _like(valid, occupied)),
             "voxels_all": confusion_matrix(
                 rays, jnp.where(occupied == 1, voxel_classes, EMPTY), _LABELS, IGNORE, _like(labelled, rays)
             ),
@@ -145,7 +152,9 @@ class Evaluator:
         Returns:
           The counts; `retrieval` has gathered its scores.
         """
-        sums: dict[str, Any] = dict.fromkeys(("occupancy", "voxels_all", "voxels_occupied", "points"), 0)
+        sums: dict[str, Any] = dict.fromkeys(
+            (field.name for field in dataclasses.fields(Results) if field.name != "frames"), 0
+        )
         frames = 0
         for batch in progress(batches, total, "evaluating"):
             indices = batch.pop("record_index")
