@@ -26,15 +26,19 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	touch $@
 
 demo: install
-	$(RUN) -m data_prep.synthetic --out $(DEMO)/world --scenes 20 --keyframes 6 --seed 1 --image_scale 0.25
+	$(RUN) -m data_prep.synthetic --out $(DEMO)/world --scenes 60 --keyframes 2 --seed 1 --image_scale 0.25
 	$(RUN) -m data_prep.tiny_clip --world $(DEMO)/world --out $(DEMO)/tiny_clip
 	$(RUN) -m data_prep.build --source $(DEMO)/world --version v1.0-trainval --split train --out $(DEMO)/records
 	$(RUN) -m data_prep.build --source $(DEMO)/world --version v1.0-trainval --split val --out $(DEMO)/records
-	$(RUN) -m pop3d_jax.train --config configs/demo.py --workdir $(DEMO)/run
+	$(RUN) -m pop3d_jax.train --config configs/demo.py --workdir $(DEMO)/run \
+		--config.data.records=$(DEMO)/records --config.teacher.path=$(DEMO)/tiny_clip
+	$(RUN) -m pop3d_jax.query --workdir $(DEMO)/run --sample 2 --text "a tree" --out $(DEMO)/tree.png
 	$(RUN) -m pop3d_jax.query --workdir $(DEMO)/run --sample 0 --text "a red car" --out $(DEMO)/red_car.png
-	$(RUN) -m pop3d_jax.query --workdir $(DEMO)/run --sample 0 --text "a tree" --out $(DEMO)/tree.png
 	$(RUN) -m pop3d_jax.evaluate --workdir $(DEMO)/run --baselines --retrieval $(DEMO)/world/retrieval --out $(DEMO)/results.json
-	@echo "pictures: $(DEMO)/red_car.png $(DEMO)/tree.png   numbers: $(DEMO)/results.json"
+	@echo
+	@echo "numbers:  $(DEMO)/results.json"
+	@echo "pictures: $(DEMO)/tree.png $(DEMO)/red_car.png"
+	@echo "ask more: $(RUN) -m pop3d_jax.query --workdir $(DEMO)/run --sample 5 --text \"a yellow car\" --out answer.png"
 
 test: install-dev
 	$(RUN) -m pytest -m "not slow"

@@ -14,9 +14,10 @@ _TALKATIVE = ("orbax", "grain", "tensorflow_datasets", "jax", "flax")
 
 class _OwnLines(standard_logging.Filter):
     def filter(self, record: standard_logging.LogRecord) -> bool:
-        return record.levelno >= standard_logging.WARNING or not any(
-            f"/{library}/" in record.pathname for library in _TALKATIVE
-        )
+        if not any(f"/{library}/" in record.pathname for library in _TALKATIVE):
+            return True
+        # Orbax warns of a folder that was opened for reading on purpose.
+        return record.levelno >= standard_logging.WARNING and "directory is read only" not in record.getMessage()
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
