@@ -49,7 +49,7 @@ def cosine_with_warmup(
 def parameter_groups(parameters: Parameters, is_frozen: Callable[[tuple[str, ...]], bool]) -> Parameters:
     """Labels every parameter "frozen", "backbone" or "main", by its path."""
 
-    def label(path: tuple, _: jax.Array) -> str:
+    def label(path: tuple, _: Any) -> str:
         names = path_names(path)
         if is_frozen(names):
             return "frozen"

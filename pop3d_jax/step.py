@@ -135,7 +135,7 @@ def make_train_step(
         parameters = optax.apply_updates(state["parameters"], updates)
         metrics = terms | {
             "gradient_norm": trainable_norm(gradients, groups),
-            "parameter_norm": optax.global_norm(parameters),
+            "parameter_norm": optax.tree.norm(parameters),
         }
         new_state = {
             "parameters": parameters,
