@@ -5,6 +5,8 @@ the published one, the images are at a quarter of their scale, the teacher is a 
 learned (`learn_positions = False`): what a voxel holds can only come from the images, through the calibration. With
 another key frame's calibration the same network must therefore fail.
 
+Not yet measured: this run has not been carried to its end.
+
     python -m data_prep.build --source NUSCENES --version v1.0-mini --split mini_train --out keyframe/records
     python -m pop3d_jax.train --config configs/keyframe.py --config.teacher.path=TINY_CLIP --workdir keyframe/run
     python -m pop3d_jax.evaluate --workdir keyframe/run
