@@ -1,8 +1,8 @@
 """The demo: the published architecture made small, on the synthetic world, with the tiny CLIP as teacher.
 
-Cost: about 6 minutes of training on two cores (0.34 s a step). Score on held-out scenes of the synthetic world: zero-shot
-mIoU at occupied voxels 21.85, 6.2 times that of shuffled class words; occupancy IoU over all voxels 21.60, no better yet
-than the best constant grid (21.35). `make demo` prints the whole table.
+Cost: about 6 minutes of training on two cores (0.34 s a step). Score on held-out scenes of the synthetic world:
+zero-shot mIoU at occupied voxels 21.85, 6.2 times that of shuffled class words; occupancy IoU over all voxels 21.60, no
+better yet than the best constant grid (21.35). `make demo` prints the whole table.
 
     make demo
 """
