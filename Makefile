@@ -26,7 +26,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	touch $@
 
 demo: install
-	$(RUN) -m data_prep.synthetic --out $(DEMO)/world --scenes 60 --keyframes 2 --seed 1 --image_scale 0.25
+	$(RUN) -m data_prep.synthetic --out $(DEMO)/world --scenes 200 --keyframes 1 --seed 1 --image_scale 0.25
 	$(RUN) -m data_prep.tiny_clip --world $(DEMO)/world --out $(DEMO)/tiny_clip
 	$(RUN) -m data_prep.build --source $(DEMO)/world --version v1.0-trainval --split train --out $(DEMO)/records
 	$(RUN) -m data_prep.build --source $(DEMO)/world --version v1.0-trainval --split val --out $(DEMO)/records

@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     """A network small enough for two processor cores."""
     config = pop3d_nuscenes.get_config()
     config.batch_size = 1
-    config.total_steps = 1000
+    config.total_steps = 1300
 
     config.data.records = "demo/records"
     config.data.image_hw = (144, 256)
@@ -24,6 +24,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.max_feature_points = 8192
     config.data.sample_feature_points = 8192
     config.data.workers = 0
+    config.data.photometric = False
+    config.data.volume_flip = True  # few scenes: without these two they are learned by heart
+    config.data.volume_rotation = 15.0
     config.data.swap_channels = False  # the demo's phrases name colours
 
     config.model.backbone_depth = 50
@@ -54,13 +57,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.teacher.variant = "clip_consistent"
 
     config.loss.class_weights = (1.0, 5.0)  # few steps: the rare occupied voxels get more say
+    config.optim.name = "muon"  # from scratch and in so few steps, worth about twice the steps of AdamW
     config.optim.learning_rate = 3e-3
     config.optim.backbone_multiplier = 1.0
     config.optim.warmup_steps = 50
     config.optim.warmup_start = 1e-5
 
     config.log_every = 20
-    config.checkpoint_every = 200
-    config.eval_every = 500
+    config.checkpoint_every = 260
+    config.eval_every = 1300
     config.eval_batch_size = 2
     return config

@@ -43,6 +43,8 @@ def get_config(learning_rate: str = "script") -> ml_collections.ConfigDict:
     config.data.sample_feature_points = 0  # above 0: a random part of the supervised points, for a cheaper step
     config.data.photometric = True
     config.data.swap_channels = True  # part of the official distortion
+    config.data.volume_flip = False  # the official recipe leaves the volume as it is
+    config.data.volume_rotation = 0.0  # degrees
     config.data.workers = 8
 
     config.model = ml_collections.ConfigDict()
@@ -57,8 +59,12 @@ def get_config(learning_rate: str = "script") -> ml_collections.ConfigDict:
     config.model.remat = "encoder"  # what the backward pass computes again: "none", "encoder" or "all"
     config.model.compute_dtype = "float32"
 
+    # Weight files (.pth, .safetensors) to start from: the whole network, or, as published, the detector's backbone
+    # (r101_dcn_fcos3d_pretrain.pth).
+    config.initial_weights = ""
+    config.initial_backbone = ""
     # Without pretrained weights the frozen BatchNorm would normalise nothing: its statistics are then taken from
-    # the first batches. The published run starts from a pretrained backbone instead.
+    # the first batches.
     config.calibrate_batch_norm = False
     config.frozen_stages = 1
     config.train_batch_norm = False
@@ -68,6 +74,8 @@ def get_config(learning_rate: str = "script") -> ml_collections.ConfigDict:
     config.teacher.name = "maskclip"
     config.teacher.path = "openai/clip-vit-base-patch16"  # a hub name or a local Hugging Face CLIP folder
     config.teacher.variant = "official_config"
+    config.teacher.weights = ""  # of "maskclip_plus": a .pth or .safetensors file
+    config.teacher.cache = ""  # folder of data_prep.teacher_features; empty: the teacher runs in the step
 
     config.loss = ml_collections.ConfigDict()
     config.loss.cross_entropy = 1.0
@@ -76,6 +84,7 @@ def get_config(learning_rate: str = "script") -> ml_collections.ConfigDict:
     config.loss.class_weights = ()  # (free, occupied); the released recipe trains unweighted
 
     config.optim = ml_collections.ConfigDict()
+    config.optim.name = "adamw"  # or "muon": see pop3d_jax.optim
     config.optim.learning_rate = _LEARNING_RATES[learning_rate]
     config.optim.backbone_multiplier = 0.1
     config.optim.weight_decay = 0.01

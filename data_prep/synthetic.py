@@ -82,7 +82,9 @@ def _write_world(out: Path, world: dict[str, Any], complete: bool) -> None:
     temporary.replace(out / "world.json")
 
 
-def build_world(out: Path, scenes: int, keyframes: int, seed: int, image_scale: float, workers: int) -> bool:
+def build_world(
+    out: Path, scenes: int, keyframes: int, seed: int, image_scale: float, workers: int, camera_jitter: float = 0.0
+) -> bool:
     """Writes the world, unless the folder already holds it; returns whether it wrote.
 
     Raises:
@@ -93,6 +95,7 @@ def build_world(out: Path, scenes: int, keyframes: int, seed: int, image_scale: 
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
         "image_scale": image_scale,
+        "camera_jitter": camera_jitter,
         "scenes": scenes,
         "keyframes": keyframes,
         "train_scenes": [name for name, split in named if split == "train"],
@@ -103,7 +106,8 @@ def build_world(out: Path, scenes: int, keyframes: int, seed: int, image_scale: 
     out.mkdir(parents=True, exist_ok=True)
     _write_world(out, world, complete=False)
     tasks = [
-        SceneTask(out, seed, index, name, split, keyframes, image_scale) for index, (name, split) in enumerate(named)
+        SceneTask(out, seed, index, name, split, keyframes, image_scale, camera_jitter)
+        for index, (name, split) in enumerate(named)
     ]
     write_tables(out, parallel.run(record_scene, tasks, workers, "recording scenes"))
     _write_world(out, world, complete=True)
@@ -117,6 +121,13 @@ def _define_flags() -> None:
     flags.DEFINE_integer("keyframes", 8, "Key frames of each scene, half a second apart.", 1, 40)
     flags.DEFINE_integer("seed", 0, "Seed of the world.", lower_bound=0)
     flags.DEFINE_float("image_scale", 0.25, "Size of the images as a share of 1600 x 900.", 0.02, 1.0)
+    flags.DEFINE_float(
+        "camera_jitter",
+        0.0,
+        "Degrees by which each scene's cameras are turned at random (one sigma an axis).",
+        0.0,
+        10.0,
+    )
     flags.DEFINE_integer("workers", os.cpu_count(), "Number of processes.", lower_bound=1)
 
 
@@ -132,6 +143,7 @@ def main(argv: list[str]) -> int:
             flags.FLAGS.seed,
             flags.FLAGS.image_scale,
             flags.FLAGS.workers,
+            flags.FLAGS.camera_jitter,
         )
     except WorldError as error:
         logging.error("%s", error)

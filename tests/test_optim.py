@@ -32,6 +32,7 @@ def test_the_schedule_equals_timm_with_the_official_order_of_calls(golden_file):
 def small_config(**changes):
     config = ml_collections.ConfigDict(
         {
+            "name": "adamw",
             "learning_rate": 1e-2,
             "backbone_multiplier": 0.1,
             "weight_decay": 0.0,
@@ -97,3 +98,36 @@ def test_clipping_scales_by_the_norm_of_what_trains():
     assert np.isclose(optim.trainable_norm(clipped, groups()), 1.0, rtol=1e-5)
     kept, _ = optim._clip_trainable(100.0, groups()).update(gradients, optax.EmptyState())
     assert np.array_equal(kept["encoder"]["kernel"], gradients["encoder"]["kernel"])
+
+
+def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adamw():
+    key = jax.random.key(0)
+    tree = {
+        "backbone": {"conv1": {"kernel": jax.random.normal(key, (3, 3, 4, 8)), "bias": jnp.ones(8)}},
+        "encoder": {"kernel": jax.random.normal(key, (16, 8)), "tpv_embedding_hw": jnp.ones((5, 4))},
+    }
+    tree_groups = optim.parameter_groups(tree, lambda path: False)
+
+    def update(name):
+        config = small_config(name=name, backbone_multiplier=1.0, warmup_start=1e-2)
+        optimizer = optim.make_optimizer(config, 100, tree_groups)
+        return optimizer.update(tree, optimizer.init(tree), tree)[0]
+
+    muon, adamw = update("muon"), update("adamw")
+    for path in (("backbone", "conv1", "bias"), ("encoder", "tpv_embedding_hw")):
+        ours, theirs = muon, adamw
+        for key in path:
+            ours, theirs = ours[key], theirs[key]
+        # Not the same numbers: optax's Muon runs its Adam with Nesterov momentum.
+        assert np.all(np.sign(ours) == np.sign(theirs))
+    for kernel in (muon["backbone"]["conv1"]["kernel"], muon["encoder"]["kernel"]):
+        matrix = np.asarray(kernel).reshape(-1, kernel.shape[-1])
+        singular = np.linalg.svd(matrix, compute_uv=False)
+        assert singular.max() / singular.min() < 2.5  # five Newton-Schulz steps bring them near each other
+        assert 0.5 < np.sqrt(np.mean(matrix**2)) / (0.2 * 1e-2) < 1.5
+    assert not np.allclose(muon["encoder"]["kernel"], adamw["encoder"]["kernel"])
+
+
+def test_an_unknown_optimiser_is_named():
+    with pytest.raises(ValueError, match=r"config\.optim\.name is 'sgd'"):
+        optim.make_optimizer(small_config(name="sgd"), 100, groups())

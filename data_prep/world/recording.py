@@ -14,7 +14,7 @@ from data_prep.world import retrieval, views
 from data_prep.world.captions import scene_captions
 from data_prep.world.lidar import take_sweep
 from data_prep.world.render import sensor_pose, sun_map, take_picture
-from data_prep.world.rig import CAMERA_SENSORS, KEYFRAME_MICROSECONDS, LIDAR_SENSOR, Sensor, image_size
+from data_prep.world.rig import KEYFRAME_MICROSECONDS, LIDAR_SENSOR, Sensor, image_size, mounted_cameras
 from data_prep.world.scene import Scene, Thing, draw_scene
 from data_prep.world.solids import Solids
 from pop3d_jax.geometry import rotation_to_quaternion
@@ -40,6 +40,7 @@ class SceneTask:
     split: str
     keyframes: int
     image_scale: float
+    camera_jitter: float = 0.0
 
 
 @dataclass
@@ -93,6 +94,7 @@ class _Recorder:
         layout, self.offsets = (np.random.default_rng([task.seed, task.index, part]) for part in (0, 1))
         self.scene: Scene = draw_scene(layout, task.keyframes)
         self.solids = Solids(self.scene)
+        self.cameras = mounted_cameras(task.camera_jitter, np.random.default_rng([task.seed, task.index, 3]))
         self.rows = SceneRows()
         self.start = _FIRST_TIMESTAMP + task.index * 100_000_000
         # Where the scene lies on the map: real recordings are hundreds of metres from the map's origin.
@@ -129,7 +131,7 @@ class _Recorder:
                 "description": f"Synthetic world, {self.scene.weather.name}, {len(self.scene.ground.roads)} roads",
             }
         )
-        for sensor in (LIDAR_SENSOR, *CAMERA_SENSORS):
+        for sensor in (LIDAR_SENSOR, *self.cameras):
             is_camera = sensor.focal is not None
             tables["calibrated_sensor"].append(
                 {
@@ -172,7 +174,7 @@ class _Recorder:
         self._annotate(k, sample, time, sweep.points[:, :3] @ lidar_to_world[:3, :3].T + lidar_to_world[:3, 3])
 
         shadows = sun_map(self.scene, self.solids, time)
-        for sensor in CAMERA_SENSORS:
+        for sensor in self.cameras:
             self._photograph(k, sample, sensor, timestamp + sensor.delay + int(rng.integers(-1500, 1501)), shadows)
 
         if k > 0 and task.split == "train":

@@ -4,6 +4,7 @@ Provenance: nominal values of the nuScenes rig (Caesar et al., CVPR 2020), round
 They are facts of the hardware as any rig of that make has them, not a copy of a calibration file.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +87,15 @@ CAMERA_SENSORS = (
     Sensor("CAM_BACK_LEFT", (1.04, 0.48, 1.59), 18.6, -0.2, -90.9, 1255.0, (790.0, 495.0), -1_000),
     Sensor("CAM_FRONT_LEFT", (1.52, 0.49, 1.51), -34.8, 0.1, -89.9, 1275.0, (825.0, 480.0), -43_000),
 )
+
+
+def mounted_cameras(jitter: float, rng: np.random.Generator) -> tuple[Sensor, ...]:
+    """The cameras as one car has them: each turned by normal errors of `jitter` degrees in yaw, pitch and roll."""
+    turns = rng.normal(0.0, jitter, (len(CAMERA_SENSORS), 3))
+    return tuple(
+        dataclasses.replace(camera, yaw=camera.yaw + yaw, pitch=camera.pitch + pitch, roll=camera.roll + roll)
+        for camera, (yaw, pitch, roll) in zip(CAMERA_SENSORS, turns.tolist(), strict=True)
+    )
 
 
 def image_size(image_scale: float) -> tuple[int, int]:

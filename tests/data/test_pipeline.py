@@ -197,3 +197,34 @@ def test_a_damaged_image_names_its_sample_and_camera(source):
     damaged = dataclasses.replace(key_frame, images=images)
     with pytest.raises(ValueError, match=f"sample {key_frame.sample_token}, CAM_FRONT_RIGHT"):
         pipeline.make_example(damaged, SETTINGS, np.random.default_rng(0))
+
+
+def test_a_turned_volume_looks_the_same_to_the_cameras(source):
+    still = dataclasses.replace(SETTINGS, photometric=False)
+    turned = dataclasses.replace(still, volume_flip=True, volume_rotation=20.0)
+    # Evaluation never turns, whatever the settings say.
+    assert_equal(pipeline.make_example(source[0], turned, None), pipeline.make_example(source[0], still, None))
+    seen = set()
+    for seed in range(16):
+        rng = np.random.default_rng(seed)
+        plain, other = pipeline.make_example(source[0], still, rng), pipeline.make_example(source[0], turned, rng)
+        for name in set(plain) - {"points", "feature_points", "lidar_to_image"}:
+            np.testing.assert_array_equal(plain[name], other[name], err_msg=name)
+        for camera in range(6):
+            chosen = plain["feature_mask"] & (plain["feature_cameras"] == camera)
+            for example in (plain, other):
+                uv, depth = project(
+                    example["feature_points"][chosen].astype(np.float64),
+                    example["lidar_to_image"][camera].astype(np.float64),
+                )
+                example["projected"] = np.column_stack([uv, depth])
+            np.testing.assert_allclose(other["projected"], plain["projected"], rtol=1e-4, atol=2e-3)
+        # Heights and distances from the lidar stay; the angle is below the bound after the mirroring.
+        points, moved = (example["points"][example["point_mask"]] for example in (plain, other))
+        np.testing.assert_array_equal(moved[:, 2], points[:, 2])
+        np.testing.assert_allclose(np.hypot(*moved[:, :2].T), np.hypot(*points[:, :2].T), rtol=1e-5)
+        turn = np.linalg.lstsq(points[:, :2], moved[:, :2], rcond=None)[0].T
+        signs = tuple(np.sign(np.diag(turn)).astype(int))
+        seen.add(signs)
+        assert abs(turn[0, 1]) <= np.sin(np.radians(20.0)) + 1e-4
+    assert len(seen) == 4
