@@ -1,27 +1,34 @@
 """The frozen teacher: what the lidar points look like, in the space of a text encoder.
 
-It runs inside the training step, so that no features are ever stored (the official layout keeps 1.5 TB of them).
+It runs inside the training step, so that no features need be stored (the official layout keeps 1.5 TB of them); a cache
+(`data/teacher_cache.py`) may take its place.
 """
 
 import dataclasses
+import hashlib
 
+import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from pop3d_jax.models.clip import LoadedCLIP, load_clip
-from pop3d_jax.models.maskclip import MaskCLIP, normalise, sample_at_points
+from pop3d_jax.models.maskclip import MaskCLIP
+from pop3d_jax.models.maskclip_plus import MaskCLIPPlus
+from pop3d_jax.models.maskclip_plus_weights import load_network
 from pop3d_jax.models.parameters import ArrayTree, merge_model, split_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A frozen image model, split into structure and parameters.
+    """A frozen image model, split into structure and arrays.
 
     Attributes:
-      graph: structure, for `merge_model`.
-      parameters: arrays; they go into the jitted step as an argument, never as constants of the program.
+      graph: structure of a model that has `features_at`, for `merge_model`.
+      parameters: its arrays, `parameters` and `statistics`; they go into the jitted step as an argument, never as
+        constants of the program.
       feature_dim: width of its features, which must be the student's.
       clip: both towers and the tokenizer, for the text side.
     """
@@ -30,20 +37,6 @@ class Teacher:
     parameters: ArrayTree
     feature_dim: int
     clip: LoadedCLIP
-
-    def dense_features(
-        self, parameters: ArrayTree, images: UInt8[Array, "image height width 3"]
-    ) -> tuple[Float[Array, "image rows columns dim"], Float[Array, "2"]]:
-        """Features of whole RGB images (0..255), and the share of the padded picture that the image fills.
-
-        Pictures are padded at the bottom and right to whole patches; the grid covers the padded picture.
-        """
-        model = merge_model(self.graph, parameters, {})
-        features = model.dense_features(normalise(images))
-        patch = model.vision.config.patch_size
-        image_hw = jnp.array(images.shape[1:3], jnp.float32)
-        padded_hw = jnp.array(features.shape[1:3], jnp.float32) * patch
-        return features, image_hw / padded_hw
 
     def point_features(
         self,
@@ -64,27 +57,51 @@ class Teacher:
           One feature a point, not normalised, as official.
         """
         batch, views = images.shape[:2]
-        features, share = self.dense_features(parameters, images.reshape(-1, *images.shape[2:]))
+        model = merge_model(self.graph, parameters["parameters"], parameters["statistics"])
         # All views of the batch lie in one row of pictures: one gather serves every example.
         picture = cameras + views * jnp.arange(batch)[:, None]
-        sampled = sample_at_points(features, picture.reshape(-1), (pixels * share).reshape(-1, 2))
-        return sampled.reshape(batch, -1, features.shape[-1])
+        sampled = model.features_at(images.reshape(-1, *images.shape[2:]), picture.reshape(-1), pixels.reshape(-1, 2))
+        return sampled.reshape(batch, -1, self.feature_dim)
 
 
 def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
     """Loads the teacher that an experiment names.
 
     Args:
-      config: its `teacher` part: name ("maskclip"), path (hub name or folder), variant.
+      config: its `teacher` part: name ("maskclip" or "maskclip_plus"); path (hub name or folder) of a CLIP, whose
+        text tower answers for both; variant of MaskCLIP; weights, the file of MaskCLIP+.
 
     Raises:
-      ValueError: unknown name; see `load_clip` for what a bad path gives.
+      ValueError: unknown name, or a text tower of another width than the teacher's features; see `load_clip` and
+        `load_network` for what bad paths give.
     """
-    if config.name != "maskclip":
-        raise ValueError(f'config.teacher.name is {config.name!r}; known teachers: "maskclip"')
+    if config.name not in ("maskclip", "maskclip_plus"):
+        raise ValueError(f'config.teacher.name is {config.name!r}; known teachers: "maskclip", "maskclip_plus"')
+    if config.name == "maskclip_plus" and not config.weights:
+        raise ValueError(
+            'config.teacher.name is "maskclip_plus" and config.teacher.weights is empty: name the .pth or .safetensors '
+            "file of MaskCLIP+ with --config.teacher.weights=FILE"
+        )
     clip = load_clip(config.path)
-    model = MaskCLIP(clip.model, config.variant)
+    embedding = clip.model.vision.config.embedding
+    if config.name == "maskclip":
+        model, feature_dim = MaskCLIP(clip.model, config.variant), embedding
+    else:
+        network = load_network(config.weights)
+        model, feature_dim = MaskCLIPPlus(network), network.feature_dim
+        if feature_dim != embedding:
+            raise ValueError(
+                f"teacher {config.weights} has features of width {feature_dim}, the texts of {config.path} have "
+                f"{embedding}: set --config.teacher.path to the CLIP that taught it (published: "
+                "openai/clip-vit-base-patch16)"
+            )
     graph, parameters, statistics = split_model(model)
-    if statistics:
-        raise ValueError(f"teacher {config.path} has state besides parameters, which a frozen teacher may not have")
-    return Teacher(graph, parameters, clip.model.vision.config.embedding, clip)
+    return Teacher(graph, {"parameters": parameters, "statistics": statistics}, feature_dim, clip)
+
+
+def teacher_fingerprint(teacher: Teacher) -> str:
+    """Hash of the teacher's arrays: what a cache of its features is checked by."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get(teacher.parameters)):
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()

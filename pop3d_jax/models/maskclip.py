@@ -7,6 +7,7 @@ The last block's attention is replaced by its value path, so every patch keeps i
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
@@ -17,6 +18,10 @@ from pop3d_jax.models.clip_towers import VisionTower
 # Of RGB values in 0..1, as CLIP was trained; MaskCLIP's configs have the same numbers times 255.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Refinement turns cosines into probabilities with this factor, and knocks out texts with that logit, as official.
+REFINEMENT_SCALE = 100.0
+ABSENT_LOGIT = -100.0
 
 # The shipped MaskCLIP config runs OpenAI's weights with exact GELU and an epsilon they were not trained with.
 # `clip_consistent` keeps what the checkpoint's own config says.
@@ -83,6 +88,25 @@ class MaskCLIP(nnx.Module):
         """Official MaskCLIP features, one per patch, not normalised (see `patches`)."""
         return self.patches(images).features
 
+    def features_at(
+        self,
+        images: UInt8[Array, "image height width 3"],
+        picture: Int[Array, " points"],
+        pixel: Float[Array, "points 2"],
+    ) -> Float[Array, "points dim"]:
+        """Features at pixels of RGB pictures (0..255), bilinearly between patches.
+
+        Args:
+          images: pictures of any size.
+          picture: which picture each point is read from; must be a valid index.
+          pixel: (row, column) of the pixel's centre as shares of the picture (see `normalised_pixels`).
+        """
+        features = self.dense_features(normalise(images))
+        # The grid covers the picture padded to whole patches.
+        padded_hw = jnp.array(features.shape[1:3], jnp.float32) * self.vision.config.patch_size
+        share = jnp.array(images.shape[1:3], jnp.float32) / padded_hw
+        return sample_at_points(features, picture, pixel * share)
+
 
 def normalise(images: UInt8[Array, "*batch height width 3"]) -> Float[Array, "*batch height width 3"]:
     """CLIP's preprocessing of RGB pictures in 0..255, as float32; meant to run on the device."""
@@ -97,6 +121,49 @@ def cosine_logits(
     """Cosine of every feature with every text, no temperature, as MaskCLIP's head classifies patches."""
     features = features / jnp.linalg.norm(features, axis=-1, keepdims=True)
     return features @ (texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)).T
+
+
+def denoise_prompts(
+    logits: Float[Array, "batch rows columns texts"], threshold: float = 0.5
+) -> Float[Array, "batch rows columns texts"]:
+    """The paper's prompt denoising: texts that no patch is sure of leave the picture (`MaskClipHead.refine_output`).
+
+    Args:
+      logits: from `cosine_logits`.
+      threshold: a text stays in a picture where some patch gives it at least this probability. Official: 0.5 where
+        it is used (`pd_thresh`).
+
+    Returns:
+      The logits, `ABSENT_LOGIT` for texts that left.
+    """
+    best = jax.nn.softmax(REFINEMENT_SCALE * logits, axis=-1).max((1, 2), keepdims=True)
+    return jnp.where(best < threshold, ABSENT_LOGIT, logits)
+
+
+def smooth_by_keys(
+    logits: Float[Array, "batch rows columns texts"],
+    keys: Float[Array, "batch rows columns width"],
+    threshold: float = 1.0,
+) -> Float[Array, "batch rows columns texts"]:
+    """The paper's key smoothing: unsure patches take over what patches with similar keys say (same function).
+
+    Args:
+      logits: from `cosine_logits` or `denoise_prompts`.
+      keys: of the same patches (`DensePatches.keys`).
+      threshold: patches whose best probability is below it are smoothed. Official: 1.0 where it is used, all that
+        are not entirely sure (`ks_thresh`).
+
+    Returns:
+      Probabilities for patches left alone, sums of probabilities weighted by similarity for smoothed ones.
+    """
+    batch, rows, columns, texts = logits.shape
+    probabilities = jax.nn.softmax(REFINEMENT_SCALE * logits, axis=-1).reshape(batch, -1, texts)
+    keys = keys.reshape(batch, rows * columns, -1)
+    # Each channel is divided by its length over the patches, not each key by its own: so the official code does it.
+    keys = keys / jnp.maximum(jnp.linalg.norm(keys, axis=1, keepdims=True), 1e-12)
+    smoothed = keys @ (keys.swapaxes(1, 2) @ probabilities)
+    unsure = probabilities.max(-1, keepdims=True) < threshold
+    return jnp.where(unsure, smoothed, probabilities).reshape(logits.shape)
 
 
 def normalised_pixels(uv: Float[Array, "points 2"], image_hw: tuple[int, int]) -> Float[Array, "points 2"]:

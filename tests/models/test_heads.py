@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_model import reference_weights
 
 from pop3d_jax.models.heads import TPVHeads, sample_planes
 from pop3d_jax.models.tpv import TPVPlanes
 from pop3d_jax.models.tpv_geometry import plane_shapes
+from pop3d_jax.verification.golden_model import reference_weights
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """MaskCLIP against the official numbers, and sampling at points against explicit upsampling."""
 
+import inspect
 import json
 
 import jax
@@ -12,13 +13,17 @@ from hypothesis import strategies as st
 
 from pop3d_jax.models.clip import load_clip
 from pop3d_jax.models.maskclip import (
+    ABSENT_LOGIT,
     CLIP_MEAN,
     CLIP_STD,
+    REFINEMENT_SCALE,
     MaskCLIP,
     cosine_logits,
+    denoise_prompts,
     normalise,
     normalised_pixels,
     sample_at_points,
+    smooth_by_keys,
 )
 
 TOLERANCE = 1e-5
@@ -73,6 +78,57 @@ def test_official_numbers(clip, golden, info, variant, size):
         assert f"{padded.shape[1]}x{padded.shape[2]}" == info["image_sizes"]["padded_to"]
     plain = nnx.jit(lambda tower, x: tower(x).patch_features)(teacher.vision, padded).reshape(patches.features.shape)
     close(channels_first(plain), golden[f"{prefix}/plain_patch_features"])
+
+
+@pytest.mark.golden
+def test_official_refinement(golden, info):
+    """On official logits and keys, so that rounding elsewhere cannot move a patch over a threshold."""
+    size, variant = info["image_sizes"]["refinement_size"], "clip_consistent"
+    prefix = f"maskclip/{variant}/{size}"
+    assert info["refinement_softmax_scale"] == REFINEMENT_SCALE
+    logits = jnp.asarray(golden[f"{prefix}/logits"].transpose(0, 2, 3, 1))
+    keys = jnp.asarray(golden[f"{prefix}/k_out_projected"].reshape(*logits.shape[:3], -1))
+    names = {key.removeprefix(f"{prefix}/logits_refined_") for key in golden if key.startswith(f"{prefix}/logits_ref")}
+    assert names == set(info["refinement"])
+    for name, thresholds in info["refinement"].items():
+        ours = logits
+        if "pd_thresh" in thresholds:
+            ours = denoise_prompts(ours, thresholds["pd_thresh"])
+        if "ks_thresh" in thresholds:
+            ours = smooth_by_keys(ours, keys, thresholds["ks_thresh"])
+        close(channels_first(ours), golden[f"{prefix}/logits_refined_{name}"])
+
+
+def test_refinement_defaults_are_the_official_thresholds():
+    defaults = {
+        "pd_thresh": inspect.signature(denoise_prompts).parameters["threshold"].default,
+        "ks_thresh": inspect.signature(smooth_by_keys).parameters["threshold"].default,
+    }
+    assert defaults == {"pd_thresh": 0.5, "ks_thresh": 1.0}
+
+
+def test_denoising_takes_out_texts_that_no_patch_is_sure_of():
+    # Three texts on a row of three patches: the first is certain somewhere, the second likely, the third nowhere.
+    probabilities = np.array([[0.9, 0.08, 0.02], [0.3, 0.6, 0.1], [0.5, 0.35, 0.15]])
+    logits = jnp.asarray(np.log(probabilities) / REFINEMENT_SCALE, jnp.float32)[None, None]
+    other = logits.at[..., 2].set(jnp.log(9.0) / REFINEMENT_SCALE)  # another picture, where the third text is certain
+    denoised = denoise_prompts(jnp.concatenate([logits, other]), 0.5)
+    np.testing.assert_array_equal(denoised[0, ..., :2], logits[0, ..., :2])
+    np.testing.assert_array_equal(denoised[0, ..., 2], ABSENT_LOGIT)
+    np.testing.assert_array_equal(denoised[1, ..., 2], other[0, ..., 2])
+    stricter = denoise_prompts(logits, 0.7)
+    np.testing.assert_array_equal(stricter[..., 1:], ABSENT_LOGIT)
+    np.testing.assert_array_equal(stricter[..., 0], logits[..., 0])
+
+
+def test_smoothing_moves_unsure_patches_only():
+    probabilities = np.array([[0.96, 0.04], [0.6, 0.4], [0.1, 0.9]])
+    logits = jnp.asarray(np.log(probabilities) / REFINEMENT_SCALE, jnp.float32)[None, :, None]
+    keys = np.random.default_rng(0).normal(size=(1, 3, 1, 5)).astype(np.float32)
+    smoothed = smooth_by_keys(logits, jnp.asarray(keys), 0.93)[0, :, 0]
+    unit = keys[0, :, 0] / np.sqrt((keys[0, :, 0] ** 2).sum(0))
+    expected = np.where([[False], [True], [True]], unit @ unit.T @ probabilities, probabilities)
+    np.testing.assert_allclose(smoothed, expected, atol=1e-5)
 
 
 def test_unknown_variant(clip):

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_model import tiny_model
 
 from pop3d_jax.experiment import frozen_by
 from pop3d_jax.models.pop3d import Pop3D, Pop3DConfig
+from pop3d_jax.verification.golden_model import tiny_model
 
 # Float32 arrays of two implementations differ by the noise of both: `max_abs` of tiny_float32_noise.json is one
 # float32 run against float64. Measured: at most 2.1 times it.
