@@ -1,143 +1,108 @@
-"""Between the official state dict and our parameters, strictly: every key has its place, or there is an error."""
+"""Between official weights and our runs, strictly: every key has its place, or there is an error.
 
-import re
+    python -m pop3d_jax.convert --from_torch pop3d_weights.pth --out WORKDIR
+    python -m pop3d_jax.convert --to_torch weights.safetensors --workdir WORKDIR
+
+Files that end in .safetensors need no PyTorch, all others do (pip install torch). Weights of a network of other
+sizes need its experiment: --config configs/x.py --config.model.embed_dims=128.
+"""
+
+import json
 from collections.abc import Mapping
-from typing import Any
 
-import jax.numpy as jnp
+import ml_collections
 import numpy as np
-from flax import nnx, traverse_util
+from absl import flags
+from etils import epath
+from flax import nnx
+from ml_collections import config_flags
 
+from pop3d_jax.checkpoint import CheckpointError, Checkpoints
+from pop3d_jax.commands import run, stop_with_message
+from pop3d_jax.experiment import make_student, restored_parts
+from pop3d_jax.models.parameters import merge_model, split_model
 from pop3d_jax.models.pop3d import Pop3D
-from pop3d_jax.models.tpv_geometry import PLANES, cell_centres, plane_shapes
-
-# Names of modules, ours -> official. The order matters: the first lines are the more special ones.
-_RENAMES = (
-    (r"^backbone\.", "img_backbone."),
-    (r"^neck\.(\w+)\.(\d+)\.", r"img_neck.\1.\2.conv."),
-    (r"^encoder\.layers\.(\d+)\.self_attention\.", r"tpv_head.encoder.layers.\1.attentions.0."),
-    (
-        r"^encoder\.layers\.(\d+)\.cross_attention\.output_proj\.",
-        r"tpv_head.encoder.layers.\1.attentions.1.output_proj.",
-    ),
-    (r"^encoder\.layers\.(\d+)\.cross_attention\.", r"tpv_head.encoder.layers.\1.attentions.1.deformable_attention."),
-    (r"^encoder\.layers\.(\d+)\.feed_forward\.expand\.", r"tpv_head.encoder.layers.\1.ffns.0.layers.0.0."),
-    (r"^encoder\.layers\.(\d+)\.feed_forward\.contract\.", r"tpv_head.encoder.layers.\1.ffns.0.layers.1."),
-    (r"^encoder\.layers\.(\d+)\.norms\.", r"tpv_head.encoder.layers.\1.norms."),
-    (r"^encoder\.(tpv_embedding_\w+|positional_encoding\.\w+)$", r"tpv_head.\1.weight"),
-    (r"^encoder\.", "tpv_head."),
-    (r"^heads\.occupancy\.classifier\.", "tpv_aggregator.classifier."),
-    (r"^heads\.features\.classifier\.", "tpv_aggregator.classifier_ft."),
-)
-_DECODERS = {"occupancy": "decoder", "features": "decoder_ft"}
-_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+from pop3d_jax.official_weights import model_to_state_dict, state_dict_to_model
+from pop3d_jax.optim import make_optimizer, parameter_groups
+from pop3d_jax.sharding import make_mesh, replicated
+from pop3d_jax.step import initial_state
+from pop3d_jax.torch_files import WeightFileError, read_state_dict, write_state_dict
+from pop3d_jax.workdir import WorkdirError, prepare, read_config, write_manifest
 
 
-def official_key(path: tuple[str | int, ...]) -> str:
-    """Official name of one of our arrays: ("encoder", "level_embeds") -> "tpv_head.level_embeds".
+def weights_to_workdir(
+    state_dict: Mapping[str, np.ndarray], config: ml_collections.ConfigDict, workdir: epath.PathLike, source: str
+) -> None:
+    """Writes official weights as a run of step 0: `evaluate`, `query` and `train` take the folder.
+
+    Args:
+      state_dict: under official names.
+      config: the experiment that the network belongs to; training goes on with its schedule from the beginning.
+      workdir: a new folder.
+      source: where the weights come from, for the manifest.
 
     Raises:
-        ValueError: for an array that the official network does not have.
+      ValueError: the weights are not of the config's network; nothing is written then.
+      WorkdirError: the folder holds a run already.
     """
-    *modules, leaf = (str(part) for part in path)
-    name = ".".join([*modules, _LEAVES.get(leaf, leaf)])
-    # The official decoder counts its activations too.
-    decoder = re.match(r"^heads\.(\w+)\.layers\.(\d+)\.", name)
-    if decoder:
-        return f"tpv_aggregator.{_DECODERS[decoder[1]]}.{2 * int(decoder[2])}.{name[decoder.end() :]}"
-    for pattern, replacement in _RENAMES:
-        renamed, count = re.subn(pattern, replacement, name)
-        if count:
-            return renamed
-    raise ValueError(f"{name} has no official name")
+    workdir = epath.Path(workdir)
+    if (workdir / "checkpoints").exists():
+        raise WorkdirError(f"{workdir} holds checkpoints already: give --out a new folder")
+    student = make_student(config)
+    model = nnx.eval_shape(lambda: Pop3D(student.config, rngs=nnx.Rngs(0)))
+    state_dict_to_model(state_dict, model)
+    _, parameters, statistics = split_model(model)
+    groups = parameter_groups(parameters, student.is_frozen)
+    # The schedule's length does not touch the optimiser's first state.
+    optimizer = make_optimizer(config.optim, 1, groups)
+    prepare(workdir, config)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints.save(0, initial_state(parameters, statistics, optimizer), json.loads(config.to_json()))
+    checkpoints.close()
+    write_manifest(workdir, seed=config.seed, data={"weights": source}, step=0)
 
 
-def model_to_state_dict(model: Pop3D) -> dict[str, np.ndarray]:
-    """All parameters and buffers under their official names and in their official layouts (OIHW, [out, in])."""
-    state = {}
-    for path, value in _flat_state(model).items():
-        key = official_key(path)
-        state[key] = _to_official(path, np.asarray(value))
-        if path[-1] == "mean":
-            state[key.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
-    return state | computed_buffers(model)
-
-
-def state_dict_to_model(state_dict: Mapping[str, np.ndarray], model: Pop3D) -> None:
-    """Loads official weights into ``model``, in place.
-
-    Buffers that the network computes (anchors, the positional encoding's mask) are compared and not stored; the
-    counters of BatchNorm are ignored. The prefix ``module.`` of distributed training is accepted.
+def workdir_to_weights(workdir: epath.PathLike, step: int | None = None) -> dict[str, np.ndarray]:
+    """The weights of a run's checkpoint (the newest by default) under official names.
 
     Raises:
-        ValueError: unknown, missing or misshapen keys, or computed buffers of another network, all listed.
+      WorkdirError, CheckpointError: nothing to read.
     """
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    paths = {official_key(path): (path, value) for path, value in _flat_state(model).items()}
-    buffers = computed_buffers(model)
-    shapes = official_shapes(model)
-    problems = [f"unknown: {key}" for key in state_dict if key not in shapes]
-    problems += [f"missing: {key}" for key in shapes if key not in state_dict]
-    for key, shape in shapes.items():
-        if key not in state_dict:
-            continue
-        found = np.asarray(state_dict[key])
-        if found.shape != shape:
-            problems.append(f"shape of {key}: {found.shape}, the model needs {shape}")
-        elif key in buffers and not np.allclose(found, buffers[key], rtol=0, atol=1e-5):
-            problems.append(f"{key} differs from what this model computes: another volume or grid")
-        elif key in paths and not np.all(np.isfinite(found)):
-            problems.append(f"{key} is not finite")
-    if problems:
-        raise ValueError(
-            f"the state dict does not fit this model ({len(problems)} problems; check the config):\n  "
-            + "\n  ".join(problems)
-        )
-    flat = {
-        path: jnp.asarray(_from_official(path, np.asarray(state_dict[key])), value.dtype)
-        for key, (path, value) in paths.items()
-    }
-    nnx.update(model, traverse_util.unflatten_dict(flat))
+    student = make_student(read_config(workdir))
+    checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
+    restored = checkpoints.restore(restored_parts(student), replicated(make_mesh()), step)
+    return model_to_state_dict(merge_model(student.graph, restored["parameters"], restored["statistics"]))
 
 
-def official_shapes(model: Pop3D) -> dict[str, tuple[int, ...]]:
-    """Official names and shapes of everything in the state dict; the model may be abstract (`nnx.eval_shape`)."""
-    shapes = {}
-    for path, value in _flat_state(model).items():
-        key = official_key(path)
-        shape = tuple(value.shape)
-        if path[-1] == "kernel":
-            shape = shape[::-1] if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
-        shapes[key] = shape
-        if path[-1] == "mean":
-            shapes[key.replace("running_mean", "num_batches_tracked")] = ()
-    return shapes | {key: value.shape for key, value in computed_buffers(model).items()}
+def _define_flags() -> None:
+    """Not at import, so that several commands can be imported side by side."""
+    flags.DEFINE_string("from_torch", None, "Official weights to read: .pth or .safetensors.")
+    flags.DEFINE_string("out", None, "With --from_torch: new folder of a run for evaluate, query and train.")
+    config_flags.DEFINE_config_file(
+        "config", "configs/pop3d_nuscenes.py", "With --from_torch: the experiment of these weights."
+    )
+    flags.DEFINE_string("to_torch", None, "File of official names to write: .pth or .safetensors.")
+    flags.DEFINE_string("workdir", None, "With --to_torch: folder of the run to read.")
+    flags.DEFINE_integer("step", None, "With --to_torch: which checkpoint; the newest by default.")
 
 
-def computed_buffers(model: Pop3D) -> dict[str, np.ndarray]:
-    """The official buffers that hold no weights: anchor points, plane coordinates, and a mask of zeros."""
-    shapes = plane_shapes(model.config.grid_size)
-    buffers = {"tpv_head.tpv_mask_hw": np.zeros((1, *shapes[0]), np.float32)}
-    references = model.encoder.reference_points()
-    for plane, shape, reference in zip(PLANES, shapes, references, strict=True):
-        buffers[f"tpv_head.encoder.ref_3d_{plane}"] = reference.swapaxes(0, 1)[None]
-        buffers[f"tpv_head.encoder.ref_2d_{plane}"] = cell_centres(shape)[None, :, None]
-    return buffers
+def main(_: list[str]) -> None:
+    given = flags.FLAGS
+    with stop_with_message(WeightFileError, WorkdirError, CheckpointError, ValueError, FileNotFoundError):
+        if given.from_torch and given.out and not given.to_torch:
+            state = read_state_dict(given.from_torch)
+            weights_to_workdir(state, given.config, given.out, given.from_torch)
+            print(f"{len(state)} entries of {given.from_torch} are checkpoint 0 of the run {given.out}")
+        elif given.to_torch and given.workdir and not given.from_torch:
+            state = workdir_to_weights(given.workdir, given.step)
+            write_state_dict(given.to_torch, state)
+            print(f"{len(state)} entries of {given.workdir} are in {given.to_torch}")
+        else:
+            raise ValueError(
+                "give either --from_torch FILE --out FOLDER or --to_torch FILE --workdir FOLDER; see --help"
+            )
 
 
-def _flat_state(model: Pop3D) -> dict[tuple[str | int, ...], Any]:
-    """All arrays (of an abstract model: their shapes) by path."""
-    return traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model)))
-
-
-def _to_official(path: tuple[str | int, ...], value: np.ndarray) -> np.ndarray:
-    """Kernels: HWIO -> OIHW, [in, out] -> [out, in]."""
-    if path[-1] != "kernel":
-        return value
-    return np.ascontiguousarray(value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1))
-
-
-def _from_official(path: tuple[str | int, ...], value: np.ndarray) -> np.ndarray:
-    if path[-1] != "kernel":
-        return value
-    return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
+if __name__ == "__main__":
+    _define_flags()
+    run(main)

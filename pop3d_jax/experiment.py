@@ -16,6 +16,9 @@ from pop3d_jax.data.records import RecordSource
 from pop3d_jax.models.batch_norm import calibrate_batch_norm
 from pop3d_jax.models.parameters import ArrayTree, merge_model, path_names, split_model
 from pop3d_jax.models.pop3d import Pop3D, Pop3DConfig
+from pop3d_jax.official_weights import state_dict_to_model
+from pop3d_jax.pretrained import load_backbone
+from pop3d_jax.torch_files import read_state_dict
 from pop3d_jax.voxels import Volume
 
 # How many key frames the calibration of the frozen BatchNorm looks at.
@@ -43,16 +46,19 @@ class Student:
 
 
 def example_settings(config: ml_collections.ConfigDict, *, training: bool, images: bool = True) -> ExampleSettings:
-    """How an experiment turns key frames into arrays; only training distorts images and needs the teacher's."""
+    """How an experiment turns key frames into arrays; only training distorts images and needs the teacher's,
+    unless its features are cached."""
     data = config.data
     return ExampleSettings(
         image_hw=tuple(data.image_hw),
-        teacher_image_hw=tuple(data.teacher_image_hw) if training else None,
+        teacher_image_hw=tuple(data.teacher_image_hw) if training and not config.teacher.cache else None,
         max_points=data.max_points,
         max_feature_points=data.max_feature_points,
         sample_feature_points=data.sample_feature_points if training else 0,
         photometric=training and data.photometric,
         swap_channels=data.swap_channels,
+        volume_flip=training and data.volume_flip,
+        volume_rotation=data.volume_rotation if training else 0.0,
         images=images,
     )
 
@@ -109,19 +115,50 @@ def make_student(config: ml_collections.ConfigDict) -> Student:
     return Student(sizes, graph, parameters, statistics, volume, is_frozen)
 
 
+def _with_weights(
+    config: ml_collections.ConfigDict, graph: nnx.GraphDef, parameters: ArrayTree, statistics: ArrayTree
+) -> tuple[ArrayTree, ArrayTree]:
+    if config.initial_weights and config.initial_backbone:
+        raise ValueError("give config.initial_weights (the whole network) or config.initial_backbone, not both")
+    if config.calibrate_batch_norm:
+        raise ValueError(
+            "config.calibrate_batch_norm would overwrite the statistics of the weight file: set it to False"
+        )
+    model = merge_model(graph, parameters, statistics)
+    if config.initial_weights:
+        state_dict_to_model(read_state_dict(config.initial_weights), model)
+        logging.info("all weights are those of %s", config.initial_weights)
+    else:
+        report = load_backbone(read_state_dict(config.initial_backbone), model)
+        logging.info(
+            "%d entries of backbone and neck are those of %s; not in it: %s; not used: %d entries",
+            len(report["loaded"]),
+            config.initial_backbone,
+            ", ".join(report["initial"]) or "none",
+            len(report["unused"]),
+        )
+    _, parameters, statistics = split_model(model)
+    return parameters, statistics
+
+
 def build_student(
     config: ml_collections.ConfigDict, source: RecordSource, settings: ExampleSettings
 ) -> tuple[ArrayTree, ArrayTree]:
-    """Initial parameters and statistics, drawn from the experiment's seed.
+    """Initial parameters and statistics: drawn from the experiment's seed, then what weight files say.
 
     Args:
       config: the experiment.
       source, settings: training data, looked at only when `config.calibrate_batch_norm` is set.
+
+    Raises:
+      WeightFileError, ValueError: a weight file cannot be read or is of another network.
     """
     sizes = model_config(config)
     graph = make_student(config).graph
     # One compiled program instead of hundreds of small ones.
     parameters, statistics = jax.jit(lambda: split_model(Pop3D(sizes, rngs=nnx.Rngs(config.seed)))[1:])()
+    if config.initial_weights or config.initial_backbone:
+        parameters, statistics = _with_weights(config, graph, parameters, statistics)
     if not config.learn_positions:
         parameters = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jnp.zeros_like(leaf) if _is_position(path_names(path)) else leaf, parameters

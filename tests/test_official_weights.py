@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 from flax import nnx
-from golden_model import config_from_official, reference_state, reference_weights, tiny_model
 
-from pop3d_jax.convert import computed_buffers, model_to_state_dict, official_shapes, state_dict_to_model
 from pop3d_jax.models.pop3d import Pop3D, Pop3DConfig
+from pop3d_jax.official_weights import computed_buffers, model_to_state_dict, official_shapes, state_dict_to_model
+from pop3d_jax.verification.golden_model import config_from_official, reference_state, reference_weights, tiny_model
 
 
 @pytest.fixture(scope="module")
