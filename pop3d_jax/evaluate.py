@@ -1,10 +1,14 @@
 """Evaluates a trained run: python -m pop3d_jax.evaluate --workdir WORKDIR [--split val] [--out results.json]
 
-Prints occupancy IoU and zero-shot mIoU, per class, on the run's held-out split. With --baselines, predictors that do
-not look at the images or shuffle the words stand beside them; with --retrieval FOLDER, phrases are looked up as well.
+Prints occupancy IoU and zero-shot mIoU, per class, on the run's held-out split, and the official script's own table
+(val_miou_vox_clip_all, ...). With --baselines, predictors that do not look at the images or shuffle the words stand
+beside them; with --retrieval FOLDER, phrases are looked up as well; --upscale 2 judges the same parameters on a grid
+twice as fine. `pop3d_jax.evaluate_retrieval` scores the published retrieval benchmark, `pop3d_jax.evaluate_lidarseg`
+writes a submission to the nuScenes lidarseg challenge.
 """
 
 import json
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -12,18 +16,27 @@ from absl import flags, logging
 from etils import epath
 
 from pop3d_jax.baselines import constant_grid_iou, shuffled_prompts_miou
-from pop3d_jax.checkpoint import CheckpointError, Checkpoints
+from pop3d_jax.checkpoint import CheckpointError
 from pop3d_jax.commands import run, stop_with_message
 from pop3d_jax.data.pipeline import evaluation_batches, make_example
 from pop3d_jax.data.records import RecordError, RecordSource
-from pop3d_jax.evaluator import SEMANTIC_CLASSES, Evaluator, Results, headline
-from pop3d_jax.experiment import example_settings, make_student, restored_parts
+from pop3d_jax.evaluator import (
+    ALL_CLASSES,
+    SEMANTIC_CLASSES,
+    Evaluator,
+    Results,
+    headline,
+    load_run,
+    official_table,
+)
+from pop3d_jax.experiment import example_settings
 from pop3d_jax.metrics import mean_iou
-from pop3d_jax.nuscenes import CLASS_NAMES
+from pop3d_jax.models.clip import load_clip
+from pop3d_jax.nuscenes import CLASS_NAMES, UNLABELLED
 from pop3d_jax.retrieval import PhraseScore, Retrieval, RetrievalError, embed_queries, read_queries
-from pop3d_jax.sharding import make_mesh, replicated
-from pop3d_jax.teacher import load_teacher
-from pop3d_jax.workdir import WorkdirError, read_config
+from pop3d_jax.text import read_text_classifier
+from pop3d_jax.torch_files import WeightFileError
+from pop3d_jax.workdir import WorkdirError
 
 _SHUFFLES = 5
 
@@ -37,6 +50,9 @@ def evaluate(
     baselines: bool = False,
     retrieval_dir: str | None = None,
     calibration: RecordSource | None = None,
+    upscale: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    text_weights: epath.PathLike | None = None,
 ) -> dict:
     """Evaluates a checkpoint.
 
@@ -47,24 +63,25 @@ def evaluate(
       baselines: also score the baselines.
       retrieval_dir: also score the phrases of this benchmark folder.
       calibration: records whose first key frame's calibration is given to the network in place of the right one.
+      upscale: factors along x, y, z: the same parameters on a finer grid, see `load_run`; targets are made on it too.
+      batch_size: key frames at a time over all hosts; `config.eval_batch_size` by default. A finer grid needs memory.
+      text_weights: the authors' `zeroshot_weights.pth` instead of the text tower's own classifier.
 
     Returns:
       Everything the table shows, ready for JSON: scores in percent, per-class IoU, counts.
     """
     workdir = epath.Path(workdir)
-    config = read_config(workdir)
+    trained = load_run(workdir, step, upscale)
+    config, student = trained.config, trained.student
     split = split or config.data.eval_split
     records = records or config.data.records
-    mesh = make_mesh(config.mesh.data, config.mesh.camera)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    step = checkpoints.latest_step() if step is None else step
-    student = make_student(config)
-    restored = checkpoints.restore(restored_parts(student), replicated(mesh), step)
+    batch_size = batch_size or config.eval_batch_size
     source = RecordSource(records, split)
     settings = example_settings(config, training=False)
 
     text_cache = workdir / "text_cache"
-    evaluator = Evaluator(student, load_teacher(config.teacher).clip, mesh, text_cache)
+    classifier = read_text_classifier(text_weights, config.model.feature_dim) if text_weights else None
+    evaluator = Evaluator(student, load_clip(config.teacher.path), trained.mesh, text_cache, classifier)
     retrieval = None
     if retrieval_dir:
         queries = read_queries(retrieval_dir, split)
@@ -72,7 +89,7 @@ def evaluate(
     batches = evaluation_batches(
         source,
         settings,
-        batch_size=config.eval_batch_size,
+        batch_size=batch_size,
         host=jax.process_index(),
         hosts=jax.process_count(),
         workers=config.data.workers,
@@ -81,19 +98,21 @@ def evaluate(
         other = make_example(calibration[0], settings, None)["lidar_to_image"]
         batches = (batch | {"lidar_to_image": np.stack([other] * len(batch["valid"]))} for batch in batches)
     results = evaluator.run(
-        restored["parameters"],
-        restored["statistics"],
+        trained.parameters,
+        trained.statistics,
         batches,
-        -(-len(source) // config.eval_batch_size),
+        -(-len(source) // batch_size),
         retrieval,
     )
     report = {
         "workdir": str(workdir),
-        "step": step,
+        "step": trained.step,
         "split": split,
         "frames": results.frames,
+        "grid_size": list(student.volume.grid_size),
         "calibration": "of another key frame" if calibration is not None else "right",
         "scores": headline(results),
+        "official": official_table(results),
         "per_class_iou": _per_class(results),
         "confusion_voxels_all": results.voxels_all.tolist(),
         "confusion_occupancy": results.occupancy.tolist(),
@@ -119,23 +138,26 @@ def evaluate(
             }
             for row in retrieval.table()
         ]
+        report["retrieval_undefined"] = retrieval.undefined
     return report
 
 
 def _per_class(results: Results) -> dict[str, dict[str, float | None]]:
     """IoU in percent of each class that occurs as a target; None where it does not."""
 
-    def by_name(confusion: np.ndarray, classes: tuple[int, ...]) -> dict[str, float | None]:
-        scores = mean_iou(confusion, classes)
+    def by_name(
+        confusion: np.ndarray, classes: tuple[int, ...], ignore_label: int | None = None
+    ) -> dict[str, float | None]:
+        scores = mean_iou(confusion, classes, ignore_label)
         return {
             CLASS_NAMES[index]: value if present else None
             for index, value, present in zip(classes, scores.per_class, scores.present, strict=True)
         }
 
     return {
-        "voxels_all": by_name(results.voxels_all, (*SEMANTIC_CLASSES, len(CLASS_NAMES) - 1)),
+        "voxels_all": by_name(results.voxels_all, ALL_CLASSES),
         "voxels_occupied": by_name(results.voxels_occupied, SEMANTIC_CLASSES),
-        "points": by_name(results.points, SEMANTIC_CLASSES),
+        "points": by_name(results.points, SEMANTIC_CLASSES, UNLABELLED),
     }
 
 
@@ -144,6 +166,7 @@ def format_table(report: dict) -> str:
     scores, baselines = report["scores"], report.get("baselines", {})
     lines = [
         f"{report['workdir']}, step {report['step']}, split {report['split']}: {report['frames']} key frames",
+        f"grid: {' x '.join(map(str, report['grid_size']))} voxels",
         *(["calibration: of another key frame"] if report["calibration"] != "right" else []),
         "",
         f"{'score (percent)':<44}{'this run':>10}{'baseline':>10}{'ratio':>8}",
@@ -173,8 +196,15 @@ def format_table(report: dict) -> str:
     )
     row("zero-shot mIoU, all observed voxels", scores["miou_voxels_all"])
     row("zero-shot mIoU, lidar points", scores["miou_points"])
-    lines += ["Means are over the classes that occur. The official code counts absent classes as 100:"]
-    row("  all observed voxels, official mean", scores["miou_voxels_all_official"])
+    row("zero-shot mIoU, lidar points, devkit", scores["miou_points_devkit"])
+    lines.append("Means are over the classes that occur; the devkit's also over classes that are only predicted (0).")
+
+    lines += ["", f"{'names of the official script (percent)':<44}{'official':>10}{'plain':>10}{'classes':>10}"]
+    for name, score in report["official"].items():
+        plain = f"{'-':>10}" if score["present_mean"] is None else f"{score['present_mean']:>10.2f}"
+        present = f"{score['classes_present']}/{score['classes']}"
+        lines.append(f"{name:<44}{score['official_mean']:>10.2f}{plain}{present:>10}  {score['meaning']}")
+    lines.append("official: mean in which a class that never occurs as a target counts as 100; plain: without these.")
 
     classes = report["per_class_iou"]
     lines += ["", f"{'IoU per class (percent)':<24}{'all voxels':>12}{'occupied':>12}{'points':>12}"]
@@ -191,7 +221,23 @@ def format_table(report: dict) -> str:
                 f"{scored.average_precision / scored.matching_share:>12.2f}{scored.frames:>8}"
             )
         lines.append("AP: average precision over all points of the sweep; share: of points that match the phrase.")
+        if report["retrieval_undefined"]:
+            lines.append(f"left out: {report['retrieval_undefined']} queries that no point matches")
     return "\n".join(lines)
+
+
+def parse_upscale(values: Sequence[str] | None) -> tuple[int, int, int] | None:
+    """The factors along x, y, z of `--upscale 2` or `--upscale 2,2,1`; None where the flag is not given.
+
+    Raises:
+      ValueError: not one or three whole numbers of at least 1.
+    """
+    if not values:
+        return None
+    if len(values) not in (1, 3) or not all(value.strip().isdigit() and int(value) > 0 for value in values):
+        raise ValueError(f"--upscale={','.join(values)} must be one factor or three (x,y,z), each at least 1")
+    factors = tuple(int(value) for value in values)
+    return factors * 3 if len(factors) == 1 else factors
 
 
 def _define_flags() -> None:
@@ -209,11 +255,25 @@ def _define_flags() -> None:
         "a network that uses its calibration must fail.",
     )
     flags.DEFINE_string("calibration_split", "val", "Split of --calibration_of_records.")
+    flags.DEFINE_string(
+        "text_weights", None, "The authors' zeroshot_weights.pth, in place of our own prompts."
+    )
     flags.DEFINE_string("retrieval", None, "Folder of a retrieval benchmark (retrieval_anns_SPLIT.csv).")
+    flags.DEFINE_list(
+        "upscale",
+        None,
+        "Evaluate on a finer grid: a factor, or three (x,y,z), by which the planes are scaled up, as the official "
+        "TPVAggregator does. The parameters stay the same.",
+    )
+    flags.DEFINE_integer(
+        "batch_size", None, "Key frames at a time; the run's config.eval_batch_size by default.", lower_bound=1
+    )
 
 
 def main(_: list[str]) -> None:
-    with stop_with_message(WorkdirError, CheckpointError, RecordError, RetrievalError, ValueError, FileNotFoundError):
+    with stop_with_message(
+        WorkdirError, CheckpointError, RecordError, RetrievalError, WeightFileError, ValueError, FileNotFoundError
+    ):
         report = evaluate(
             flags.FLAGS.workdir,
             step=flags.FLAGS.step,
@@ -224,7 +284,12 @@ def main(_: list[str]) -> None:
             calibration=RecordSource(flags.FLAGS.calibration_of_records, flags.FLAGS.calibration_split)
             if flags.FLAGS.calibration_of_records
             else None,
+            upscale=parse_upscale(flags.FLAGS.upscale),
+            batch_size=flags.FLAGS.batch_size,
+            text_weights=flags.FLAGS.text_weights,
         )
+        if jax.process_index():  # every host has the same numbers: one of them tells
+            return
         print(format_table(report))
         if flags.FLAGS.out:
             path = epath.Path(flags.FLAGS.out)

@@ -67,6 +67,7 @@ class MeanIoU:
 def mean_iou(
     confusion: Integer[np.ndarray, "classes classes"] | Integer[Array, "classes classes"],
     class_indices: Sequence[int],
+    ignore_label: int | None = None,
 ) -> MeanIoU:
     """Official `MeanIoU` (`utils/metric_util.py`) from a confusion matrix over all labels.
 
@@ -75,12 +76,16 @@ def mean_iou(
         as wrong predictions where a listed class was predicted, as official; ignored targets are in no row.
       class_indices: the classes to report. The official arguments `extra_classes` and `extra_classes_pred`
         only size a plot and change no number.
+      ignore_label: a target label whose row is left out here (the official `MeanIoU` takes one label). None, or a
+        label without a row: nothing is left out.
 
     Raises:
       ValueError: a class index lies outside the matrix.
     """
     classes = np.asarray(class_indices, np.int64)
-    confusion = np.asarray(confusion).astype(np.int64)
+    confusion = np.array(confusion, np.int64)
+    if ignore_label is not None and ignore_label < len(confusion):
+        confusion[ignore_label] = 0
     if classes.size == 0 or classes.min() < 0 or classes.max() >= len(confusion):
         raise ValueError(f"mean_iou: classes {list(class_indices)} do not fit a matrix of {len(confusion)} labels")
     correct = np.diagonal(confusion)[classes]
@@ -149,13 +154,23 @@ def assign_classes(
 
 
 def class_logits(
-    logits: Float[Array, "*points prompts"], prompt_to_class: Integer[Array, " prompts"], num_classes: int
+    logits: Float[Array, "*points prompts"],
+    prompt_to_class: Integer[Array, " prompts"],
+    num_classes: int,
+    *,
+    official: bool = False,
 ) -> Float[Array, "*points classes"]:
     """Largest logit among the prompts of each class 0 .. num_classes - 1; minus infinity where none.
 
-    The official helper (`max_logits_per_class`) is right only if prompts are sorted by class; the order does
-    not matter here.
+    The order of the prompts does not matter. The official helper (`max_logits_per_class`) takes it for granted
+    that prompts are sorted by class: it counts the prompts of every class and hands them out in that order.
+
+    Args:
+      official: repeat that flaw. It changes numbers only where prompts are not sorted by class, and never the
+        assigned labels. Leave out the prompts of the dropped class beforehand, as the official code does.
     """
+    if official:
+        prompt_to_class = jnp.sort(prompt_to_class)
     prompts_first = jnp.moveaxis(logits, -1, 0)
     largest = jax.ops.segment_max(prompts_first, prompt_to_class.astype(jnp.int32), num_segments=num_classes)
     return jnp.moveaxis(largest, 0, -1)

@@ -13,8 +13,8 @@ from pop3d_jax.checkpoint import CheckpointError
 from pop3d_jax.commands import run, stop_with_message
 from pop3d_jax.data.records import RecordError, RecordSource
 from pop3d_jax.inference import Predictor, find_sample
+from pop3d_jax.models.clip import load_clip
 from pop3d_jax.pictures import draw_query, voxel_centres
-from pop3d_jax.teacher import load_teacher
 from pop3d_jax.text import embed_phrases
 from pop3d_jax.workdir import WorkdirError
 
@@ -61,7 +61,7 @@ def query(
     config = predictor.config
     source = RecordSource(records or config.data.records, split or config.data.eval_split)
     key_frame = source[find_sample(source, sample)]
-    clip = load_teacher(config.teacher).clip
+    clip = load_clip(config.teacher.path)
     phrase = embed_phrases(clip, [text], cache_dir=epath.Path(workdir) / "text_cache")[0]
 
     prediction = predictor(key_frame)

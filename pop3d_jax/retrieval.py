@@ -1,7 +1,8 @@
 """Language-driven retrieval: average precision of phrases over the points of a sweep (official `retrieval.py`).
 
 Reads the published archive's layout: `retrieval_anns_{split}.csv` with lines `token;split;annotation;points;query`,
-and one boolean array a query, in the order of the sweep's points.
+where `annotation` is a boolean array with one entry for each of the sweep's points, in their order, and `points` the
+indices of the visible ones, camera after camera. `pop3d_jax.retrieval_benchmark` scores the benchmark as published.
 """
 
 import collections
@@ -23,11 +24,21 @@ class RetrievalError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """One phrase in one key frame, and which points of its sweep answer it."""
+    """One phrase in one key frame.
+
+    Attributes:
+      sample_token: of the key frame.
+      phrase: the words.
+      matches: which points of its sweep answer it.
+      split: of the benchmark.
+      visible: the archive's own indices of the points that a camera sees; None where it has none.
+    """
 
     sample_token: str
     phrase: str
     matches: Bool[np.ndarray, " points"]
+    split: str = ""
+    visible: Int[np.ndarray, " visible"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,34 +52,47 @@ class PhraseScore:
 
 
 def read_queries(directory: epath.PathLike, split: str) -> list[Query]:
-    """The queries of one split.
+    """The queries of one split, in the order of its table.
 
     Raises:
-      RetrievalError: a file is missing, a line is malformed, or an annotation matches no point.
+      RetrievalError: a file is missing, damaged or of the wrong shape, or a line is malformed.
     """
     directory = epath.Path(directory)
     table = directory / f"retrieval_anns_{split}.csv"
     if not table.exists():
-        raise RetrievalError(f"{table} does not exist: --retrieval must name the folder with retrieval_anns_*.csv")
+        raise RetrievalError(f"{table} does not exist: name the folder of the benchmark with retrieval_anns_*.csv")
     queries = []
     for number, line in enumerate(table.read_text().splitlines(), 1):
         if not line.strip():
             continue
-        fields = line.split(";")
+        fields = line.strip().split(";")
         if len(fields) != 5:
             raise RetrievalError(
                 f"{table}, line {number}: {len(fields)} fields, expected token;split;annotation;points;query"
             )
-        token, _, annotation, _, phrase = fields
-        path = directory / annotation
-        if not path.exists():
-            raise RetrievalError(f"{table}, line {number}: annotation {path} does not exist")
-        with path.open("rb") as file:
-            matches = np.load(file).astype(bool)
-        if not matches.any():
-            raise RetrievalError(f"{path}: no point matches {phrase!r}; remove the line from {table}")
-        queries.append(Query(token, phrase, matches))
+        token, of_split, annotation, points, phrase = fields
+        matches = _read_array(directory / annotation, f"{table}, line {number}: annotation").astype(bool)
+        # Other writers of this layout put the sweep's own file here.
+        named = directory / points
+        visible = None
+        if named.suffix == ".npy" and named.exists():
+            visible = _read_array(named, f"{table}, line {number}: points").astype(np.int64)
+        queries.append(Query(token, phrase, matches, of_split, visible))
     return queries
+
+
+def _read_array(path: epath.Path, where: str) -> np.ndarray:
+    """A flat .npy array of integers or booleans; `where` begins the error's message."""
+    if not path.exists():
+        raise RetrievalError(f"{where} {path} does not exist: unpack the whole archive of the benchmark")
+    try:
+        with path.open("rb") as file:
+            array = np.load(file)
+    except (ValueError, EOFError, OSError) as error:
+        raise RetrievalError(f"{where} {path} cannot be read ({error}): unpack the archive again") from error
+    if array.ndim != 1 or array.dtype.kind not in "biu":
+        raise RetrievalError(f"{where} {path} has shape {array.shape} of {array.dtype}, expected one number a point")
+    return array
 
 
 def embed_queries(
@@ -80,7 +104,12 @@ def embed_queries(
 
 
 class Retrieval:
-    """Gathers one average precision per (key frame, query), over all points, by the raw dot product as official."""
+    """Gathers one average precision per (key frame, query), over all points, by the raw dot product as official.
+
+    Attributes:
+      undefined: queries met so far that no point of the sweep answers. They have no average precision and are left
+        out of the means; the official script stops at them.
+    """
 
     def __init__(
         self, queries: list[Query], sample_tokens: list[str], embeddings: Mapping[str, Float[np.ndarray, " dim"]]
@@ -106,6 +135,7 @@ class Retrieval:
         for query in queries:
             self._queries[query.sample_token].append(query)
         self._text = embeddings
+        self.undefined = 0
         self._scores: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
 
     def add(
@@ -131,6 +161,9 @@ class Retrieval:
                         f"batch ({left_out[row]} left out): raise config.data.max_points, or take the annotations "
                         "that belong to these records"
                     )
+                if not query.matches.any():
+                    self.undefined += 1
+                    continue
                 scores = features[row, :count] @ self._text[query.phrase]
                 self._scores[query.phrase].append(
                     (average_precision(scores, query.matches), float(query.matches.mean()))

@@ -118,11 +118,14 @@ def make_train_step(
             # One draw for the whole batch and all cameras, as official (where the batch is one key frame).
             height, width = images.shape[2:4]
             images = images * grid_mask(draw_grid_mask(mask_key, height), height, width)[:, :, None]
-        targets = jax.lax.stop_gradient(
-            teacher.point_features(
-                teacher_parameters, batch["teacher_images"], batch["feature_cameras"], batch["feature_pixels"]
+        if "feature_targets" in batch:  # from a cache
+            targets = batch["feature_targets"].astype(jnp.float32)
+        else:
+            targets = jax.lax.stop_gradient(
+                teacher.point_features(
+                    teacher_parameters, batch["teacher_images"], batch["feature_cameras"], batch["feature_pixels"]
+                )
             )
-        )
         (_, terms), gradients = jax.value_and_grad(loss, has_aux=True)(
             state["parameters"],
             state["statistics"],

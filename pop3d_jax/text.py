@@ -18,7 +18,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from pop3d_jax.models.clip import LoadedCLIP
+from pop3d_jax.nuscenes import LIDARSEG_TO_CLASS
 from pop3d_jax.protocol import zero_shot_protocol
+from pop3d_jax.torch_files import WeightFileError, read_torch
 
 # Rows of one call and the steps in which their length grows: few compilations, little wasted padding.
 _BATCH = 256
@@ -121,6 +123,41 @@ def zero_shot_classifier(clip: LoadedCLIP, *, cache_dir: str | os.PathLike[str] 
     protocol = zero_shot_protocol()
     embeddings = embed_phrases(clip, protocol.prompts, cache_dir=cache_dir)
     return TextClassifier(embeddings, protocol.prompt_classes, protocol.prompts)
+
+
+def read_text_classifier(path: epath.PathLike, feature_dim: int) -> TextClassifier:
+    """The authors' zero-shot classifier (`zeroshot_weights.pth`): a text matrix and the category of each column.
+
+    Official: `eval.py`, `--text-embeddings-path`. The file holds (matrix, categories), the matrix as
+    [feature_dim, prompts] or [prompts, feature_dim], the categories as the 32 of lidarseg, which are mapped to the 16
+    classes here. The vectors are used as they are.
+
+    Args:
+      path: the file.
+      feature_dim: width of the features that will be classified.
+
+    Raises:
+      WeightFileError: the file cannot be read, or is not such a pair; the message says what it holds.
+    """
+    pair = read_torch(path)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], np.ndarray):
+        raise WeightFileError(f"{path} holds a {type(pair).__name__}, expected is a pair: text matrix, categories")
+    matrix, categories = np.asarray(pair[0], np.float32), np.asarray(pair[1]).astype(np.int64)
+    if matrix.ndim != 2 or categories.ndim != 1 or feature_dim not in matrix.shape:
+        raise WeightFileError(
+            f"{path}: a text matrix of shape {matrix.shape} and categories of shape {categories.shape} do not fit "
+            f"features of width {feature_dim}"
+        )
+    matrix = matrix.T if matrix.shape[0] == feature_dim else matrix
+    if len(matrix) != len(categories) or categories.min() < 0 or categories.max() >= len(LIDARSEG_TO_CLASS):
+        raise WeightFileError(
+            f"{path}: {len(matrix)} text vectors, {len(categories)} categories from {categories.min()} to "
+            f"{categories.max()}; expected is one of 0..{len(LIDARSEG_TO_CLASS) - 1} for each vector"
+        )
+    if not np.isfinite(matrix).all():
+        raise WeightFileError(f"{path}: the text matrix is not finite")
+    classes = LIDARSEG_TO_CLASS[categories].astype(np.uint8)
+    return TextClassifier(matrix, classes, tuple(f"category {category}" for category in categories))
 
 
 def _cpu() -> jax.Device:

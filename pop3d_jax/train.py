@@ -22,13 +22,15 @@ from pop3d_jax.checkpoint import CheckpointError, Checkpoints
 from pop3d_jax.commands import run, stop_with_message
 from pop3d_jax.data.pipeline import ExampleSettings, evaluation_batches, training_batches
 from pop3d_jax.data.records import RecordError, RecordSource
+from pop3d_jax.data.teacher_cache import TeacherCache
 from pop3d_jax.evaluator import Evaluator, headline
 from pop3d_jax.experiment import build_student, example_settings, make_student
 from pop3d_jax.optim import cosine_with_warmup, make_optimizer, parameter_groups
 from pop3d_jax.progress import progress
 from pop3d_jax.sharding import make_mesh, replicated, shard_batch
 from pop3d_jax.step import initial_state, make_train_step
-from pop3d_jax.teacher import load_teacher
+from pop3d_jax.teacher import load_teacher, teacher_fingerprint
+from pop3d_jax.torch_files import WeightFileError
 
 
 class NonFiniteLossError(Exception):
@@ -77,7 +79,16 @@ def train(
             f"teacher {config.teacher.path} has features of width {teacher.feature_dim}, the student's head has "
             f"{config.model.feature_dim}: set --config.model.feature_dim={teacher.feature_dim}"
         )
-    teacher_parameters = jax.device_put(teacher.parameters, replicated(mesh))
+    cache = None
+    if config.teacher.cache:
+        cache = TeacherCache(config.teacher.cache, config.data.train_split, source.fingerprint)
+        if cache.index.teacher_fingerprint != teacher_fingerprint(teacher):
+            raise ValueError(
+                f"the features in {config.teacher.cache} are of another teacher ({cache.index.teacher}) than "
+                f"{config.teacher.path}: make them again with data_prep.teacher_features, into another folder"
+            )
+    # With a cache the teacher only names the text space; its arrays stay off the devices.
+    teacher_parameters = {} if cache else jax.device_put(teacher.parameters, replicated(mesh))
 
     # ------------------------------------------------------------------------------ model, optimiser
     student = make_student(config)
@@ -138,6 +149,7 @@ def train(
         host=jax.process_index(),
         hosts=jax.process_count(),
         workers=config.data.workers,
+        cache=cache,
     )
     writer = workdirs.MetricWriter(workdir, first_step)
     # Metrics are read one step late, so that the device never waits for the host.
@@ -243,7 +255,13 @@ def main(_: list[str]) -> None:
         logging.info("process %d of %d", jax.process_index(), jax.process_count())
     nnx.use_eager_sharding(False)
     with stop_with_message(
-        NonFiniteLossError, workdirs.WorkdirError, CheckpointError, RecordError, ValueError, FileNotFoundError
+        NonFiniteLossError,
+        workdirs.WorkdirError,
+        CheckpointError,
+        RecordError,
+        WeightFileError,
+        ValueError,
+        FileNotFoundError,
     ):
         train(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.stop_after)
 

@@ -120,6 +120,29 @@ def test_assignment_of_prompts_to_classes(stored, facts, grouping, cosine):
 
 @pytest.mark.golden
 @pytest.mark.parametrize("cosine", [0, 1])
+@pytest.mark.parametrize("grouping", ["grouped", "permuted"])
+def test_the_official_flaw_of_ungrouped_prompts_is_repeated_on_demand(stored, facts, grouping, cosine):
+    order = stored["assign:permutation"] if grouping == "permuted" else slice(None)
+    mapping = stored["assign:class_mapping"][order]
+    kept = mapping != facts["assign"]["dropped_class"]
+    text = jnp.asarray(stored["assign:text_features"][order][kept])
+    logits = prompt_logits(jnp.asarray(stored["assign:features"]), text, bool(cosine))
+    count = int(mapping.max()) + 1
+    found = class_logits(logits, jnp.asarray(mapping[kept]), count, official=True)
+    classes = np.unique(mapping[kept])
+    expected = stored[f"assign:{grouping}:cosine{cosine}:max_logits"]
+    np.testing.assert_allclose(np.moveaxis(np.asarray(found), -1, 1)[:, classes], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_ignored_label_has_no_row():
+    confusion = np.array([[0, 4, 0], [0, 2, 0], [0, 0, 3]])
+    assert mean_iou(confusion, [1, 2]).per_class == (100 * 2 / 6, 100.0)
+    assert mean_iou(confusion, [1, 2], ignore_label=0).per_class == (100.0, 100.0)
+    assert mean_iou(confusion, [1, 2], ignore_label=IGNORE) == mean_iou(confusion, [1, 2])
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("cosine", [0, 1])
 def test_assignment_without_classes(stored, facts, cosine):
     features, text = jnp.asarray(stored["assign:features"]), jnp.asarray(stored["assign:text_features"])
     assert facts["assign"]["class_offset_without_mapping"] == 1

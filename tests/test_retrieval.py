@@ -26,13 +26,29 @@ def test_queries_are_read_in_the_published_layout(tmp_path):
     [
         ("t1;val;annotations/a.npy;a red car", {}, "4 fields"),
         ("t1;val;annotations/none.npy;p;a red car", {}, "does not exist"),
-        ("t1;val;annotations/a.npy;p;a red car", {"a.npy": [False, False]}, "no point matches"),
+        ("t1;val;annotations/a.npy;p;a red car", {"a.npy": [[True], [False]]}, "expected one number a point"),
+        ("t1;val;annotations/a.npy;p;a red car", {"a.npy": [0.5, 1.0]}, "expected one number a point"),
     ],
 )
 def test_bad_benchmark_files_are_named(tmp_path, line, arrays, message):
     write_benchmark(tmp_path, [line], arrays)
     with pytest.raises(retrieval.RetrievalError, match=message):
         retrieval.read_queries(tmp_path, "val")
+
+
+def test_a_damaged_annotation_is_named(tmp_path):
+    write_benchmark(tmp_path, ["t1;val;annotations/a.npy;p;a red car"], {"a.npy": [True]})
+    (tmp_path / "annotations" / "a.npy").write_bytes(b"")
+    with pytest.raises(retrieval.RetrievalError, match=r"a\.npy cannot be read"):
+        retrieval.read_queries(tmp_path, "val")
+
+
+def test_the_archives_visible_points_are_read_where_they_are_indices(tmp_path):
+    lines = [f"t{i};val;annotations/a.npy;{name};a red car" for i, name in enumerate(["annotations/v.npy", "b.bin"])]
+    write_benchmark(tmp_path, lines, {"a.npy": [True, False], "v.npy": [1, 0, 1]})
+    first, second = retrieval.read_queries(tmp_path, "val")
+    assert first.visible.tolist() == [1, 0, 1]
+    assert second.visible is None
 
 
 def test_a_missing_table_is_named(tmp_path):
@@ -56,6 +72,15 @@ def test_average_precision_is_over_the_real_points_of_valid_frames():
     assert row.frames == 2
     assert np.isclose(row.average_precision, (1.0 + 0.5) / 2)
     assert np.isclose(row.matching_share, (1 / 3 + 1 / 2) / 2)
+
+
+def test_queries_that_no_point_answers_are_counted_and_left_out():
+    queries = [retrieval.Query("t0", "a", np.array(matches)) for matches in ([False, False], [True, False])]
+    scores = retrieval.Retrieval(queries, ["t0"], EMBEDDINGS)
+    one = np.ones(1, bool)
+    scores.add(np.eye(2, 3, dtype=np.float32)[None], np.ones((1, 2), bool), one, np.zeros(1, int), np.zeros(1, int))
+    assert scores.undefined == 1
+    assert [row.frames for row in scores.table()] == [1]
 
 
 def test_annotations_of_another_length_are_refused():

@@ -8,13 +8,13 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
-from golden_model import tiny_model
 
-from pop3d_jax.convert import model_to_state_dict
 from pop3d_jax.experiment import frozen_by
 from pop3d_jax.losses import pop3d_loss
 from pop3d_jax.models.parameters import merge_model, split_model
+from pop3d_jax.official_weights import model_to_state_dict
 from pop3d_jax.optim import make_optimizer, parameter_groups, trainable_norm
+from pop3d_jax.verification.golden_model import tiny_model
 
 VARIANTS = {"plain": "loss_voxel_target", "weighted_ignore": "loss_voxel_target_ignore"}
 
@@ -119,11 +119,12 @@ def test_stored_gradients_are_reproduced(golden, golden_file, network, loss_and_
 
 
 @pytest.mark.golden
-def test_adamw_steps_equal_the_official_ones(golden, training, network, loss_and_gradients):
+def test_adamw_steps_equal_the_official_ones(golden, golden_file, training, network, loss_and_gradients):
     graph, parameters, statistics = network
     official = training["adamw"]
     config = ml_collections.ConfigDict(
         {
+            "name": "adamw",
             "learning_rate": official["base_lr"],
             "backbone_multiplier": official["backbone_lr_mult"],
             "weight_decay": official["weight_decay"],
@@ -162,9 +163,14 @@ def test_adamw_steps_equal_the_official_ones(golden, training, network, loss_and
     assert all(np.array_equal(old, new) for old, new in frozen)
     stored = [name for name in golden if name.startswith("adamw_delta")]
     assert stored
+    noise = json.loads(golden_file("pop3d/tiny_float32_noise.json").read_text())
+    spread = noise["spread"]["adamw_delta_relative_l2"]
     for name in stored:
         key = name.split("]:", 1)[1] if "[" in name.split(":", 1)[0] else name.split(":", 1)[1]
         expected = golden[name]
         delta = (after[key] - before[key])[: len(expected)]
-        # Adam divides by the gradient's size: tiny gradients turn rounding into a full step, so compare as a whole.
-        assert np.linalg.norm(delta - expected) < 0.02 * np.linalg.norm(expected), key
+        # Adam divides by the gradient's size: tiny gradients turn rounding into a full step, so compare as a whole, and
+        # with what other float32 runs of the official code differ by.
+        difference = np.linalg.norm(delta - expected) / np.linalg.norm(expected)
+        print(f"ADAMRATIO {key} {difference:.3g} spread {spread[name]:.3g} ratio {difference / spread[name]:.2f}")
+        assert difference < 20 * spread[name], (key, difference, spread[name])

@@ -8,7 +8,10 @@ import pytest
 
 from pop3d_jax import nuscenes, text
 from pop3d_jax.models.clip import load_clip
+from pop3d_jax.nuscenes import CLASS_NAMES
 from pop3d_jax.protocol import retrieval_benchmark, zero_shot_protocol
+from pop3d_jax.text import read_text_classifier
+from pop3d_jax.torch_files import WeightFileError
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +121,43 @@ def zero_shot_protocol_with(templates):
     import dataclasses
 
     return dataclasses.replace(zero_shot_protocol(), templates=templates)
+
+
+class TestAuthorsClassifier:
+    """`zeroshot_weights.pth`, made here in exactly its format."""
+
+    @pytest.fixture(autouse=True)
+    def torch(self):
+        self.torch = pytest.importorskip("torch", reason="PyTorch, an extra, is not installed: pip install torch")
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_matrix_and_classes(self, tmp_path, transposed):
+        categories = [17, 0, 24, 24, 30]
+        matrix = np.random.default_rng(0).normal(size=(len(categories), 8)).astype(np.float32)
+        stored = self.torch.from_numpy(matrix.T.copy() if transposed else matrix)
+        self.torch.save((stored, categories), tmp_path / "zeroshot_weights.pth")
+        classifier = read_text_classifier(tmp_path / "zeroshot_weights.pth", 8)
+        np.testing.assert_array_equal(classifier.embeddings, matrix)
+        names = [CLASS_NAMES[index] for index in classifier.classes]
+        assert names == ["car", CLASS_NAMES[0], "driveable_surface", "driveable_surface", "vegetation"]
+
+    @pytest.mark.parametrize(
+        ("rows", "categories", "message"),
+        [
+            (3, [1, 2], "3 text vectors, 2 categories"),
+            (2, [1, 32], "from 1 to 32"),
+            (2, [[1, 2]], "categories of shape"),
+        ],
+    )
+    def test_what_does_not_fit_is_said(self, tmp_path, rows, categories, message):
+        self.torch.save((self.torch.ones(rows, 8), categories), tmp_path / "w.pth")
+        with pytest.raises(WeightFileError, match=message):
+            read_text_classifier(tmp_path / "w.pth", 8)
+
+    def test_another_width_and_another_structure(self, tmp_path):
+        self.torch.save((self.torch.ones(2, 8), [1, 2]), tmp_path / "w.pth")
+        with pytest.raises(WeightFileError, match="do not fit features of width 16"):
+            read_text_classifier(tmp_path / "w.pth", 16)
+        self.torch.save(self.torch.ones(2, 8), tmp_path / "w.pth")
+        with pytest.raises(WeightFileError, match="expected is a pair"):
+            read_text_classifier(tmp_path / "w.pth", 8)

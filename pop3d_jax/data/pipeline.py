@@ -17,8 +17,9 @@ from absl import flags
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from pop3d_jax.data.augment import photometric_distortion
+from pop3d_jax.data.augment import draw_volume_turn, photometric_distortion
 from pop3d_jax.data.records import KeyFrame, RecordSource
+from pop3d_jax.data.teacher_cache import TeacherCache
 from pop3d_jax.data.visibility import visible_pairs
 from pop3d_jax.geometry import lidar_to_image
 from pop3d_jax.nuscenes import CAMERAS, IMAGE_MEAN_BGR, LIDARSEG_TO_CLASS
@@ -44,6 +45,9 @@ class ExampleSettings:
       photometric: whether brightness, contrast, saturation and hue are distorted (training).
       swap_channels: whether that includes a random order of the colour channels, as official. It makes colours
         meaningless to the student, which is not wanted where phrases name colours.
+      volume_flip: whether the volume is mirrored at random left-right and front-back (training). Points and
+        calibration change together, the images stay: what lies where changes, how it looks does not.
+      volume_rotation: degrees up to which the volume is turned about the lidar's z axis at random (training).
       images: False leaves images out altogether (statistics over points and labels only).
     """
 
@@ -54,6 +58,8 @@ class ExampleSettings:
     sample_feature_points: int = 0
     photometric: bool = False
     swap_channels: bool = True
+    volume_flip: bool = False
+    volume_rotation: float = 0.0
     images: bool = True
 
     @property
@@ -149,24 +155,31 @@ def _pad(array: np.ndarray, keep: np.ndarray, capacity: int) -> np.ndarray:
     return padded
 
 
-def make_example(key_frame: KeyFrame, settings: ExampleSettings, rng: np.random.Generator | None) -> Batch:
+def make_example(
+    key_frame: KeyFrame,
+    settings: ExampleSettings,
+    rng: np.random.Generator | None,
+    cached_features: Float[np.ndarray, "pairs dim"] | None = None,
+) -> Batch:
     """Arrays of one key frame.
 
     Args:
       key_frame: the record.
       settings: sizes and capacities.
-      rng: source of the photometric distortion (used only when `settings.photometric`) and of the sample of
-        feature points; None for evaluation.
+      rng: source of the photometric distortion, of the volume's turn and of the sample of feature points, where the
+        settings ask for them; None for evaluation.
+      cached_features: what the teacher says at all visible pairs, from a `TeacherCache`.
 
     Returns:
       images [6, H, W, 3] float32; teacher_images [6, h, w, 3] uint8 RGB; lidar_to_image [6, 4, 4] float32 for the
       resized images; points [n, 3] float32 metres (lidar frame), point_labels [n] uint8 (classes 0..16; 0 where
       the dataset has none), point_mask [n]; feature_points [m, 3], feature_cameras [m] int32, feature_pixels [m, 2]
-      float32 (row, column of the pixel's centre as fractions of the image), feature_mask [m]; has_labels, and
-      points_left_out / feature_points_left_out: how many did not fit into the capacities.
+      float32 (row, column of the pixel's centre as fractions of the image), feature_mask [m], and, from a cache,
+      feature_targets [m, dim]; has_labels, and points_left_out / feature_points_left_out: how many did not fit into
+      the capacities.
 
     Raises:
-      ValueError: an image cannot be decoded.
+      ValueError: an image cannot be decoded, or the cached features are not those of this key frame.
     """
     if settings.images:
         arrays, sizes = _images(key_frame, settings, rng if settings.photometric else None)
@@ -176,15 +189,18 @@ def make_example(key_frame: KeyFrame, settings: ExampleSettings, rng: np.random.
         raise ValueError(f"sample {key_frame.sample_token}: the six images differ in size: {sizes}")
     full_hw = sizes[0]
     scale = np.diag([settings.image_hw[1] / full_hw[1], settings.image_hw[0] / full_hw[0], 1.0])
-    arrays["lidar_to_image"] = lidar_to_image(scale @ key_frame.intrinsics, key_frame.lidar_to_camera).astype(
-        np.float32
-    )
-
     xyz = key_frame.points[:, :3]
+    turn = np.eye(4)
+    if rng is not None and (settings.volume_flip or settings.volume_rotation):
+        turn = draw_volume_turn(rng, flip=settings.volume_flip, degrees=settings.volume_rotation)
+    matrices = lidar_to_image(scale @ key_frame.intrinsics, key_frame.lidar_to_camera)
+    arrays["lidar_to_image"] = (matrices @ np.linalg.inv(turn)).astype(np.float32)
+    turned = (xyz @ turn[:3, :3].T).astype(np.float32) if (turn != np.eye(4)).any() else xyz
+
     labelled = len(key_frame.lidarseg) > 0
     classes = LIDARSEG_TO_CLASS[key_frame.lidarseg] if labelled else np.zeros(len(xyz), np.uint8)
     keep = _spread(len(xyz), settings.max_points)
-    arrays["points"] = _pad(xyz, keep, settings.max_points)
+    arrays["points"] = _pad(turned, keep, settings.max_points)
     arrays["point_labels"] = _pad(classes, keep, settings.max_points)
     arrays["point_mask"] = np.arange(settings.max_points) < len(keep)
 
@@ -195,11 +211,18 @@ def make_example(key_frame: KeyFrame, settings: ExampleSettings, rng: np.random.
     wanted = len(pairs)
     pairs = pairs[_spread(wanted, settings.max_feature_points)]
     centres = ((pixel + 0.5) / np.asarray(full_hw)).astype(np.float32)
-    arrays["feature_points"] = _pad(xyz[index], pairs, settings.max_feature_points)
+    arrays["feature_points"] = _pad(turned[index], pairs, settings.max_feature_points)
     arrays["feature_point_labels"] = _pad(classes[index], pairs, settings.max_feature_points)
     arrays["feature_cameras"] = _pad(camera.astype(np.int32), pairs, settings.max_feature_points)
     arrays["feature_pixels"] = _pad(centres, pairs, settings.max_feature_points)
     arrays["feature_mask"] = np.arange(settings.max_feature_points) < len(pairs)
+    if cached_features is not None:
+        if len(cached_features) != len(index):
+            raise ValueError(
+                f"sample {key_frame.sample_token} has {len(index)} visible pairs and {len(cached_features)} cached "
+                "teacher features: make the cache again with data_prep.teacher_features"
+            )
+        arrays["feature_targets"] = _pad(cached_features, pairs, settings.max_feature_points)
 
     arrays["has_labels"] = np.asarray(labelled)
     arrays["points_left_out"] = np.asarray(len(xyz) - len(keep), np.int32)
@@ -210,12 +233,14 @@ def make_example(key_frame: KeyFrame, settings: ExampleSettings, rng: np.random.
 class _LoadTraining(grain.transforms.RandomMap):
     """Element of the global order (a record's index) to its example; `rng` depends on (seed, position) only."""
 
-    def __init__(self, source: RecordSource, settings: ExampleSettings):
+    def __init__(self, source: RecordSource, settings: ExampleSettings, cache: TeacherCache | None):
         self._source = source
         self._settings = settings
+        self._cache = cache
 
     def random_map(self, element: int, rng: np.random.Generator) -> Batch:
-        example = make_example(self._source[int(element)], self._settings, rng)
+        cached = None if self._cache is None else self._cache[int(element)]
+        example = make_example(self._source[int(element)], self._settings, rng, cached)
         return example | {"record_index": np.asarray(element, np.int64)}
 
 
@@ -264,6 +289,7 @@ def training_batches(
     host: int = 0,
     hosts: int = 1,
     workers: int = 0,
+    cache: TeacherCache | None = None,
 ) -> Iterator[Batch]:
     """Endless training batches from `start_step` on, each a function of (seed, step) alone.
 
@@ -276,6 +302,7 @@ def training_batches(
       host: index of this host.
       hosts: number of hosts; this one gets batch_size / hosts examples a step.
       workers: decoding processes; 0 decodes in a thread of this process.
+      cache: teacher features of these records, where the teacher does not run in the step.
 
     Yields:
       Dictionaries of `make_example`'s arrays, stacked, and `record_index` [batch].
@@ -291,7 +318,7 @@ def training_batches(
         .seed(seed)
         .shuffle()
         .repeat(_EPOCHS)
-        .random_map(_LoadTraining(source, settings))
+        .random_map(_LoadTraining(source, settings, cache))
         .slice(slice(host, None, hosts))
         .batch(local)
         .slice(slice(start_step, None))
