@@ -255,9 +255,7 @@ def _define_flags() -> None:
         "a network that uses its calibration must fail.",
     )
     flags.DEFINE_string("calibration_split", "val", "Split of --calibration_of_records.")
-    flags.DEFINE_string(
-        "text_weights", None, "The authors' zeroshot_weights.pth, in place of our own prompts."
-    )
+    flags.DEFINE_string("text_weights", None, "The authors' zeroshot_weights.pth, in place of our own prompts.")
     flags.DEFINE_string("retrieval", None, "Folder of a retrieval benchmark (retrieval_anns_SPLIT.csv).")
     flags.DEFINE_list(
         "upscale",

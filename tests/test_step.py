@@ -172,5 +172,4 @@ def test_adamw_steps_equal_the_official_ones(golden, golden_file, training, netw
         # Adam divides by the gradient's size: tiny gradients turn rounding into a full step, so compare as a whole, and
         # with what other float32 runs of the official code differ by.
         difference = np.linalg.norm(delta - expected) / np.linalg.norm(expected)
-        print(f"ADAMRATIO {key} {difference:.3g} spread {spread[name]:.3g} ratio {difference / spread[name]:.2f}")
-        assert difference < 20 * spread[name], (key, difference, spread[name])
+        assert difference < 5 * spread[name], (key, difference, spread[name])

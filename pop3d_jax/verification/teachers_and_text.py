@@ -113,7 +113,7 @@ def maskclip(golden_file: GoldenFile) -> Iterator[Check]:
                 "plain_patch_features": _channels_first(plain),
             }
             yield from _stages(found, golden, f"maskclip/{variant}/{name}/")
-    yield from _refinement(golden, info["refinement"], info["refinement_softmax_scale"])
+    yield from _refinement(golden, info["refinement"], float(info["refinement_softmax_scale"]))
 
 
 def prompt_ensemble(golden_file: GoldenFile) -> Iterator[Check]:
