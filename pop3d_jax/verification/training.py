@@ -67,7 +67,7 @@ def training(golden_file: GoldenFile) -> Iterator[Check]:
                 "loss_point_features", np.asarray(features), golden["loss_point_features"], _FEATURE_TOLERANCE
             )
             yield from _stored_gradients(named, golden, noise["spread"]["gradient_relative_l2_by_parameter"])
-    yield from _optimizer_steps(network, golden, official)
+    yield from _optimizer_steps(network, golden, official, noise["spread"]["adamw_delta_relative_l2"])
 
 
 def learning_rates(golden_file: GoldenFile) -> Iterator[Check]:
@@ -150,7 +150,7 @@ def _stored_gradients(
 
 
 def _optimizer_steps(
-    network: _Network, golden: Mapping[str, np.ndarray], training: Mapping[str, Any]
+    network: _Network, golden: Mapping[str, np.ndarray], training: Mapping[str, Any], spread: Mapping[str, float]
 ) -> Iterator[Check]:
     official = training["adamw"]
     config = ml_collections.ConfigDict(
@@ -199,8 +199,9 @@ def _optimizer_steps(
     for name, delta in golden.items():
         if name.startswith("adamw_delta"):
             key = _parameter(name)
-            # Adam divides by the gradient's size: tiny gradients turn rounding into a full step, so as a whole.
-            yield relative_norm(name, (after[key] - before[key])[: len(delta)], delta, 0.02)
+            # Adam divides by the gradient's size: tiny gradients turn rounding into a full step, so as a whole, and
+            # with what other float32 runs of the official code differ by.
+            yield relative_norm(name, (after[key] - before[key])[: len(delta)], delta, 5 * spread[name])
 
 
 def _parameter(name: str) -> str:

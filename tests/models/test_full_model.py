@@ -214,8 +214,9 @@ def test_occupancy_of_every_voxel_and_point(outputs, golden):
     assert np.isin(differing, golden["occupancy_margin_lt_1e-3_index"]).all()
     points = np.unpackbits(golden["point_occupancy_packed"])[: int(golden["n_points"])]
     point_logits = output.point_occupancy_logits[0]
-    flipped = point_logits.argmax(-1) != points
-    assert np.abs(point_logits[flipped, 1] - point_logits[flipped, 0]).max(initial=0) < 1e-3
+    clear = np.abs(point_logits[:, 1] - point_logits[:, 0]) >= 1e-3
+    assert clear.mean() > 0.99
+    np.testing.assert_array_equal(point_logits.argmax(-1)[clear], points[clear])
 
 
 @pytest.mark.golden
