@@ -97,7 +97,8 @@ def write_state_dict(path: epath.PathLike, state: Mapping[str, np.ndarray]) -> N
     partial = path.parent / f"{path.name}.partial"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
-        save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, partial)
+        # Not ascontiguousarray, which gives scalars an axis.
+        save_file({key: np.asarray(value, order="C") for key, value in state.items()}, partial)
     else:
         torch = _torch()
         tensors = {key: torch.from_numpy(np.array(value, order="C")) for key, value in state.items()}

@@ -14,6 +14,7 @@ STATE = {"conv.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "steps": 
 def assert_same(found, expected):
     assert set(found) == set(expected)
     for key, value in expected.items():
+        assert found[key].shape == value.shape, key
         np.testing.assert_array_equal(found[key], value, err_msg=key)
 
 
