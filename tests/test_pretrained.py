@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pop3d_jax.experiment import build_student, make_student
+from pop3d_jax.data.records import RecordSource
+from pop3d_jax.experiment import build_student, example_settings, make_student
 from pop3d_jax.models.parameters import merge_model
 from pop3d_jax.models.pop3d import Pop3D
 from pop3d_jax.official_weights import model_to_state_dict, official_shapes
@@ -80,9 +81,12 @@ def test_another_backbone_is_refused_with_all_its_problems(model):
     )
 
 
-def test_a_training_starts_from_the_files(model, student_config, tmp_path):
+def test_a_training_starts_from_the_files(model, student_config, small_records, tmp_path):
+    source = RecordSource(small_records, "train")
+    settings = example_settings(student_config, training=True)
+
     def start():
-        parameters, statistics = build_student(student_config, None, None)
+        parameters, statistics = build_student(student_config, source, settings)
         return model_to_state_dict(merge_model(make_student(student_config).graph, parameters, statistics))
 
     drawn = start()
