@@ -5,8 +5,8 @@
     python -m pop3d_jax.train --config configs/pop3d_nuscenes.py --config.teacher.cache=CACHE ...
 
 Worth its bytes where the teacher is slow (MaskCLIP+) and the training long; otherwise let it run inside the step. The
-same command goes on where it was stopped; a second run with nothing to do says so. Prints bytes and seconds a key
-frame, and what they come to on nuScenes.
+same command goes on where it was stopped; a second run with nothing to do says so. Prints bytes a key
+frame, what they come to on nuScenes, and the seconds of the run.
 """
 
 import dataclasses
@@ -136,8 +136,8 @@ def _claim(folder: epath.Path, wanted: TeacherCacheIndex) -> None:
     if path.exists():
         found = json.loads(path.read_text())
         different = [name for name in ("teacher_fingerprint", "dtype") if found[name] != identity[name]]
-        if found["teacher"]["image_hw"] != identity["teacher"]["image_hw"]:
-            different.append("image_hw")
+        settings = ("name", "variant", "image_hw")
+        different += [name for name in settings if found["teacher"][name] != identity["teacher"][name]]
         if found["records_fingerprints"].get(wanted.split, wanted.records_fingerprint) != wanted.records_fingerprint:
             different.append("records")
         if different:
@@ -170,9 +170,8 @@ def main(_: list[str]) -> None:
         index = build_cache(given.config, given.split, given.out, given.dtype)
     frames = sum(len(shard.offsets) for shard in index.shards)
     size = sum(shard.bytes for shard in index.shards) / max(frames, 1)
-    seconds = (time.monotonic() - start) / max(frames, 1)
     print(
-        f"{frames} key frames, {size / 1e6:.2f} MB and {seconds:.2f} s each (compilation included); for the "
+        f"{frames} key frames, {size / 1e6:.2f} MB each, this run took {time.monotonic() - start:.0f} s; for the "
         f"{_NUSCENES_KEY_FRAMES} key frames of nuScenes that is {size * _NUSCENES_KEY_FRAMES / 1e9:.0f} GB "
         f"(the official layout: {_OFFICIAL_BYTES / 1e6:.1f} MB a key frame, "
         f"{_OFFICIAL_BYTES * _NUSCENES_KEY_FRAMES / 1e12:.2f} TB)"

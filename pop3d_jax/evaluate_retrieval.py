@@ -28,6 +28,7 @@ from pop3d_jax.data.records import KeyFrame, RecordError, RecordSource
 from pop3d_jax.data.visibility import visible_pairs
 from pop3d_jax.evaluator import TrainedRun, load_run
 from pop3d_jax.experiment import example_settings
+from pop3d_jax.models.clip import load_clip
 from pop3d_jax.models.parameters import merge_model
 from pop3d_jax.progress import progress
 from pop3d_jax.protocol import retrieval_benchmark
@@ -210,9 +211,10 @@ def evaluate_retrieval(
         raise RetrievalError(f"no key frame of the splits {', '.join(splits)} of {benchmark} is in the records")
 
     named = trained.config.teacher
-    loaded = load_teacher(named)
-    text = embed_queries(queries, loaded.clip, epath.Path(workdir) / "text_cache")
-    look = PointFeatures(trained, loaded if teacher else None)
+    loaded = load_teacher(named) if teacher else None
+    clip = loaded.clip if loaded else load_clip(named.path)
+    text = embed_queries(queries, clip, epath.Path(workdir) / "text_cache")
+    look = PointFeatures(trained, loaded)
     scores: list[QueryScore] = []
     differing, compared = [], 0
     for token, asked in progress(by_token.items(), len(by_token), "key frames"):

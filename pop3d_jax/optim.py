@@ -127,6 +127,7 @@ def make_optimizer(
             return optax.adamw(schedule, b1=b1, b2=b2, eps=config.epsilon, weight_decay=config.weight_decay)
         return optax.contrib.muon(
             schedule,
+            eps=config.epsilon,
             weight_decay=config.weight_decay,
             consistent_rms=_MUON_UPDATE_RMS,
             adam_b1=b1,

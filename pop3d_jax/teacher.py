@@ -100,7 +100,7 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
 
 
 def teacher_fingerprint(teacher: Teacher) -> str:
-    """Hash of the teacher's arrays: what a cache of its features is checked by."""
+    """Hash of the teacher's arrays, which variants may share; a cache is checked by it by variant, by image size."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(jax.device_get(teacher.parameters)):
         digest.update(np.ascontiguousarray(leaf))

@@ -4,8 +4,6 @@ A `.pth` file is a pickle, and a pickle can hold a program. Only tensors, number
 (`torch.load(weights_only=True)`); anything else is an error before it runs. `.safetensors` files need no PyTorch.
 """
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,8 +35,8 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
         try:
             state = load_file(path)
-        except SafetensorError as error:
-            raise WeightFileError(f"{path} is no whole safetensors file ({error}): get it again") from error
+        except (SafetensorError, TypeError, KeyError) as error:
+            raise WeightFileError(f"{path} is no whole safetensors file of float32 ({error}): get it again") from error
     else:
         state = read_torch(path)
         for name in _CONTAINERS:
@@ -71,8 +69,8 @@ def read_torch(path: epath.PathLike) -> Any:
     try:
         # Scores in checkpoints are often NumPy scalars; they are data, and PyTorch does not know that by itself.
         with torch.serialization.safe_globals(_numpy_scalars()):
-            value = torch.load(str(path), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            return _to_numpy(torch.load(str(path), map_location="cpu", weights_only=True), torch)
+    except Exception as error:  # damage shows as whatever the unpickler stumbles over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
             unsafe = str(error).partition("GLOBAL ")[2].split()[0]
@@ -84,7 +82,6 @@ def read_torch(path: epath.PathLike) -> Any:
             f"{path} ({path.stat().length} bytes) is no whole file of torch.save ({reason}): download it again, and "
             "compare its size and checksum with its source"
         ) from error
-    return _to_numpy(value, torch)
 
 
 def write_state_dict(path: epath.PathLike, state: Mapping[str, np.ndarray]) -> None:

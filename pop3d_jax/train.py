@@ -82,10 +82,19 @@ def train(
     cache = None
     if config.teacher.cache:
         cache = TeacherCache(config.teacher.cache, config.data.train_split, source.fingerprint)
-        if cache.index.teacher_fingerprint != teacher_fingerprint(teacher):
+        same_settings = all(
+            cache.index.teacher[name] == value
+            for name, value in (
+                ("name", config.teacher.name),
+                ("variant", config.teacher.variant),
+                ("image_hw", list(config.data.teacher_image_hw)),
+            )
+        )
+        if not same_settings or cache.index.teacher_fingerprint != teacher_fingerprint(teacher):
             raise ValueError(
                 f"the features in {config.teacher.cache} are of another teacher ({cache.index.teacher}) than "
-                f"{config.teacher.path}: make them again with data_prep.teacher_features, into another folder"
+                f"{config.teacher.path}, variant {config.teacher.variant}, at {config.data.teacher_image_hw}: make "
+                "them again with data_prep.teacher_features, into another folder"
             )
     # With a cache the teacher only names the text space; its arrays stay off the devices.
     teacher_parameters = {} if cache else jax.device_put(teacher.parameters, replicated(mesh))

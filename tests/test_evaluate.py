@@ -62,6 +62,7 @@ def test_the_official_names_stand_beside_plain_means(report):
         assert f"{name:<44}{score['official_mean']:>10.2f}{score['present_mean']:>10.2f}" in text
 
 
+@pytest.mark.slow
 def test_a_finer_grid_from_the_same_parameters(small_run, small_records, report):
     finer = evaluate.evaluate(small_run, upscale=(2, 1, 3), batch_size=1)
     assert report["grid_size"] == [12, 10, 4]

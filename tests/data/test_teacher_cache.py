@@ -76,6 +76,7 @@ def test_batches_carry_what_the_teacher_says_in_the_step(small_config, small_rec
         assert 0 < np.abs(difference).max() < tolerance * size
 
 
+@pytest.mark.slow
 def test_a_training_from_the_cache_stays_near_the_one_online(small_config, caches, tmp_path):
     small_config.total_steps = 2
     online = train(small_config, tmp_path / "online")

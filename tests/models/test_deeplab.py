@@ -141,6 +141,7 @@ def test_every_tiny_array(golden_file, tiny, reference_weight):
 
 
 @pytest.mark.golden
+@pytest.mark.slow
 def test_official_widths_on_a_crop(golden_file, inventory, reference_weight):
     golden = dict(np.load(golden_file("maskclip_plus/full_width_crop.npz")))
     info = json.loads(golden_file("maskclip_plus/full_info.json").read_text())
