@@ -11,6 +11,21 @@ The base learning rate is chosen by name, since the official code names two:
 
     --config configs/pop3d_nuscenes.py:script        1e-4, what the official training script really passes (default)
     --config configs/pop3d_nuscenes.py:config_file   2e-4, what the official configuration file says
+
+Where the official files and the official script (train_slurm.sh, train.py) disagree, field by field:
+
+    optim.learning_rate   file: 2e-4. Script: 1e-4, its --lr always overrides. Here: the script's, or choose as above.
+    optim.warmup_start    file: warm up from 1e-5. Script: for the backbone that is its base rate, so it stays flat for
+                          500 steps; and rates are set after each step, so that step i runs at the value of i - 1.
+                          Here: both as the script.
+    epochs                file: 12. Script: 3,516 whole batches of 8 an epoch, the rest is dropped; the cosine is 42,192
+                          steps long. Here: as the script.
+    loss.class_weights    file: data/class_weights.pth. Script: --no-class-weights. Here: none; the ENet weights are
+                          printed by pop3d_jax.class_weights.
+    teacher               file: its name says ResNet-101, its content depth 50, loaded non-strictly. Here: the converter
+                          tells the depth from the weights and refuses a half-loaded network; MaskCLIP by default.
+    labels                evaluation: free where a ray passed, else ignored. Script: in training every voxel without a
+                          point is free, points outside are clipped into border voxels. Here: as the script.
 """
 
 import ml_collections

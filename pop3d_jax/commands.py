@@ -1,12 +1,15 @@
-"""What the commands share: log lines a person can read, and how an expected error reaches them."""
+"""What the commands share: log lines a person can read, common flags, reports, and how an error reaches a person."""
 
 import contextlib
+import json
 import logging as standard_logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from absl import app, logging
+from absl import app, flags, logging
+from etils import epath
 
 # Libraries whose informational lines say nothing to the person at the terminal; their warnings still come through.
 _TALKATIVE = ("orbax", "grain", "tensorflow_datasets", "jax", "flax")
@@ -40,3 +43,28 @@ def stop_with_message(*expected: type[Exception]) -> Iterator[None]:
     except expected as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+
+
+def define_run_flags() -> None:
+    """The flags of every command that judges a trained run: --workdir, --step, --out."""
+    flags.DEFINE_string("workdir", None, "Folder that pop3d_jax.train wrote.")
+    flags.DEFINE_integer("step", None, "Checkpoint to judge; the newest by default.")
+    flags.DEFINE_string("out", None, "Also write the numbers to this JSON file.")
+
+
+def write_report(report: dict[str, Any], out: str | None) -> None:
+    """Writes a report as JSON where `out` names a file; what has no value (NaN) becomes null, as JSON has it."""
+    if not out:
+        return
+    path = epath.Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_without_nan(report), indent=2, allow_nan=False))
+    logging.info("numbers: %s", path)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,17 +7,16 @@ twice as fine. `pop3d_jax.evaluate_retrieval` scores the published retrieval ben
 writes a submission to the nuScenes lidarseg challenge.
 """
 
-import json
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from etils import epath
 
 from pop3d_jax.baselines import constant_grid_iou, shuffled_prompts_miou
 from pop3d_jax.checkpoint import CheckpointError
-from pop3d_jax.commands import run, stop_with_message
+from pop3d_jax.commands import define_run_flags, run, stop_with_message, write_report
 from pop3d_jax.data.pipeline import evaluation_batches, make_example
 from pop3d_jax.data.records import RecordError, RecordSource
 from pop3d_jax.evaluator import (
@@ -242,11 +241,12 @@ def parse_upscale(values: Sequence[str] | None) -> tuple[int, int, int] | None:
 
 def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
-    flags.DEFINE_string("workdir", None, "Folder that pop3d_jax.train wrote.")
-    flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
+    define_run_flags()
     flags.DEFINE_string("split", None, "Split of the records; the run's config.data.eval_split by default.")
     flags.DEFINE_string("records", None, "Folder of the records; the run's own by default.")
-    flags.DEFINE_string("out", None, "Also write the numbers to this JSON file.")
+    flags.DEFINE_integer(
+        "batch_size", None, "Key frames at a time; the run's config.eval_batch_size by default.", lower_bound=1
+    )
     flags.DEFINE_bool("baselines", False, "Also score the best constant grid and shuffled class prompts.")
     flags.DEFINE_string(
         "calibration_of_records",
@@ -262,9 +262,6 @@ def _define_flags() -> None:
         None,
         "Evaluate on a finer grid: a factor, or three (x,y,z), by which the planes are scaled up, as the official "
         "TPVAggregator does. The parameters stay the same.",
-    )
-    flags.DEFINE_integer(
-        "batch_size", None, "Key frames at a time; the run's config.eval_batch_size by default.", lower_bound=1
     )
 
 
@@ -289,11 +286,7 @@ def main(_: list[str]) -> None:
         if jax.process_index():  # every host has the same numbers: one of them tells
             return
         print(format_table(report))
-        if flags.FLAGS.out:
-            path = epath.Path(flags.FLAGS.out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report, indent=2))
-            logging.info("numbers: %s", path)
+        write_report(report, flags.FLAGS.out)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,17 @@ DIR/SPLIT/submission.json): zip the two folders. Splits without labels, such as 
 """
 
 import functools
-import json
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from etils import epath
 
 from pop3d_jax.checkpoint import CheckpointError
-from pop3d_jax.commands import run, stop_with_message
+from pop3d_jax.commands import define_run_flags, run, stop_with_message, write_report
 from pop3d_jax.data.pipeline import evaluation_batches
 from pop3d_jax.data.records import RecordError, RecordSource
 from pop3d_jax.evaluator import TrainedRun, load_run
@@ -44,6 +43,7 @@ def evaluate_lidarseg(
     records: str | None = None,
     submission: epath.PathLike | None = None,
     submission_split: str | None = None,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Labels the points of a split, counts, and writes them where asked to.
 
@@ -53,6 +53,7 @@ def evaluate_lidarseg(
       split, records: what to label; the run's own by default.
       submission: folder to write the labels to, or None.
       submission_split: name of the split in the submission; `split` by default.
+      batch_size: key frames at a time; the run's by default.
 
     Returns:
       Ready for JSON: `mean_iou`, `frequency_weighted_iou` and `per_class` in percent (None where the devkit has
@@ -63,6 +64,7 @@ def evaluate_lidarseg(
     """
     trained = load_run(workdir, step)
     config = trained.config
+    batch_size = batch_size or config.eval_batch_size
     split = split or config.data.eval_split
     source = RecordSource(records or config.data.records, split)
     classifier = zero_shot_classifier(load_clip(config.teacher.path), cache_dir=epath.Path(workdir) / "text_cache")
@@ -70,7 +72,7 @@ def evaluate_lidarseg(
     batches = evaluation_batches(
         source,
         example_settings(config, training=False),
-        batch_size=config.eval_batch_size,
+        batch_size=batch_size,
         host=jax.process_index(),
         hosts=jax.process_count(),
         workers=config.data.workers,
@@ -84,7 +86,7 @@ def evaluate_lidarseg(
     confusion = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
     frames = labelled = 0
     # The record's index comes back with the labels: with several hosts a batch also holds what the others read.
-    for batch in progress(batches, -(-len(source) // config.eval_batch_size), "labelling points"):
+    for batch in progress(batches, -(-len(source) // batch_size), "labelling points"):
         arrays = {name: batch[name] for name in _INPUTS} | {
             name: batch[name].astype(np.int32) for name in ("record_index", "points_left_out")
         }
@@ -165,15 +167,16 @@ def format_table(report: dict[str, Any]) -> str:
 
 def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
-    flags.DEFINE_string("workdir", None, "Folder that pop3d_jax.train wrote.")
-    flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
+    define_run_flags()
     flags.DEFINE_string("split", None, "Split of the records; the run's config.data.eval_split by default.")
     flags.DEFINE_string("records", None, "Folder of the records; the run's own by default.")
+    flags.DEFINE_integer(
+        "batch_size", None, "Key frames at a time; the run's config.eval_batch_size by default.", lower_bound=1
+    )
     flags.DEFINE_string("submission", None, "Also write the labels to this folder in the challenge's layout.")
     flags.DEFINE_string(
         "submission_split", None, "Name of the split in the submission (test, val, mini_val); --split by default."
     )
-    flags.DEFINE_string("out", None, "Also write the numbers to this JSON file.")
 
 
 def main(_: list[str]) -> None:
@@ -185,15 +188,12 @@ def main(_: list[str]) -> None:
             records=flags.FLAGS.records,
             submission=flags.FLAGS.submission,
             submission_split=flags.FLAGS.submission_split,
+            batch_size=flags.FLAGS.batch_size,
         )
         if jax.process_index():  # every host has the same numbers: one of them tells
             return
         print(format_table(report))
-        if flags.FLAGS.out:
-            path = epath.Path(flags.FLAGS.out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report, indent=2))
-            logging.info("numbers: %s", path)
+        write_report(report, flags.FLAGS.out)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,19 @@ teacher beside the student, and every query.
 import collections
 import dataclasses
 import io
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from etils import epath
 from jaxtyping import Float, Int
 from PIL import Image
 
 from pop3d_jax.checkpoint import CheckpointError
-from pop3d_jax.commands import run, stop_with_message
+from pop3d_jax.commands import define_run_flags, run, stop_with_message, write_report
 from pop3d_jax.data.pipeline import ExampleSettings, make_example
 from pop3d_jax.data.records import KeyFrame, RecordError, RecordSource
 from pop3d_jax.data.visibility import visible_pairs
@@ -345,13 +344,12 @@ def _cell(interval: dict[str, Any]) -> str:
 
 def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
-    flags.DEFINE_string("workdir", None, "Folder that pop3d_jax.train wrote.")
+    define_run_flags()
     flags.DEFINE_string("benchmark", None, "Unpacked folder of the retrieval benchmark (retrieval_anns_*.csv).")
     flags.DEFINE_list("splits", None, "train, val, test, or several in a row (valtest); all there are by default.")
     flags.DEFINE_list(
         "records", None, "Folders of the records, all splits of which are searched; the run's by default."
     )
-    flags.DEFINE_integer("step", None, "Checkpoint to score; the newest by default.")
     flags.DEFINE_enum(
         "on_missing", "fail", ["fail", "skip"], "Key frames that the records lack: stop, or leave out and exit with 3."
     )
@@ -359,7 +357,6 @@ def _define_flags() -> None:
     flags.DEFINE_bool("per_query", True, "Print a line for every query.")
     flags.DEFINE_integer("bootstrap_samples", 10_000, "Redrawn sets of queries for the intervals.", lower_bound=100)
     flags.DEFINE_integer("seed", 0, "Of the bootstrap.")
-    flags.DEFINE_string("out", None, "Also write the numbers to this JSON file.")
 
 
 def main(_: list[str]) -> None:
@@ -378,11 +375,7 @@ def main(_: list[str]) -> None:
             seed=flags.FLAGS.seed,
         )
         print(format_tables(report, flags.FLAGS.per_query))
-        if flags.FLAGS.out:
-            path = epath.Path(flags.FLAGS.out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report, indent=2))
-            logging.info("numbers: %s", path)
+        write_report(report, flags.FLAGS.out)
     if report["missing_key_frames"]:
         sys.exit(_SKIPPED_STATUS)
 

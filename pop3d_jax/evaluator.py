@@ -28,7 +28,7 @@ from pop3d_jax.progress import progress
 from pop3d_jax.retrieval import Retrieval
 from pop3d_jax.sharding import make_mesh, replicated, shard_batch
 from pop3d_jax.text import TextClassifier, zero_shot_classifier
-from pop3d_jax.voxels import Volume, grid_coordinates
+from pop3d_jax.voxels import grid_coordinates
 from pop3d_jax.workdir import read_config
 
 _LABELS = len(CLASS_NAMES)
@@ -44,7 +44,7 @@ class TrainedRun:
 
     Attributes:
       config: of the run, with the upscaling that was asked for.
-      student: structure; its volume has the grid of the outputs.
+      student: structure.
       mesh: devices.
       parameters, statistics: restored, on all devices.
       step: of the checkpoint.
@@ -77,14 +77,10 @@ def load_run(workdir: epath.PathLike, step: int | None = None, upscale: Sequence
     if upscale is not None:
         config.model.upscale = tuple(upscale)
     student = make_student(config)
-    sizes = student.config
-    grid = tuple(cells * factor for cells, factor in zip(sizes.grid_size, sizes.upscale, strict=True))
-    volume = Volume(sizes.volume_minimum, sizes.volume_maximum, grid)
     mesh = make_mesh(config.mesh.data, config.mesh.camera)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     step = checkpoints.latest_step() if step is None else step
     restored = checkpoints.restore(restored_parts(student), replicated(mesh), step)
-    student = dataclasses.replace(student, volume=volume)
     return TrainedRun(config, student, mesh, restored["parameters"], restored["statistics"], step)
 
 

@@ -33,7 +33,7 @@ class Student:
       config: its sizes.
       graph: structure, for `merge_model`.
       abstract_parameters, abstract_statistics: shapes and types of its arrays.
-      volume: where its voxels are.
+      volume: where its voxels are: the grid of the outputs, finer than the planes' by `model.upscale`.
       is_frozen: which parameters do not train, by path.
     """
 
@@ -110,7 +110,8 @@ def make_student(config: ml_collections.ConfigDict) -> Student:
     sizes = model_config(config)
     abstract = nnx.eval_shape(lambda: Pop3D(sizes, rngs=nnx.Rngs(0)))
     graph, parameters, statistics = split_model(abstract)
-    volume = Volume(sizes.volume_minimum, sizes.volume_maximum, sizes.grid_size)
+    grid = tuple(cells * factor for cells, factor in zip(sizes.grid_size, sizes.upscale, strict=True))
+    volume = Volume(sizes.volume_minimum, sizes.volume_maximum, grid)
     is_frozen = frozen_by(config.frozen_stages, config.train_batch_norm, config.learn_positions)
     return Student(sizes, graph, parameters, statistics, volume, is_frozen)
 

@@ -54,20 +54,3 @@ def test_visibility_is_strict_at_every_border():
     depth = np.array([2.0, 2, 2, 2, 2, 2, 2, 1.0])
     seen = geometry.visible(uv, depth, (8, 10))
     assert seen.tolist() == [False, True, False, True, False, False, True, False]
-
-
-@pytest.mark.golden
-def test_projection_equals_the_float64_reference(golden_file):
-    reference = np.load(golden_file("nuscenes/projection.npz"))
-    cameras = [name.removeprefix("lidar2img_") for name in reference.files if name.startswith("lidar2img_")]
-    assert cameras
-    points = np.fromfile(next(golden_file("nuscenes/nuscenes_keyframe").glob("samples/LIDAR_TOP/*.bin")), np.float32)
-    points = points.reshape(-1, 5)[:, :3]
-    hw = tuple(reference["image_hw"].tolist())
-    for camera in cameras:
-        uv, depth = geometry.project(points, reference[f"lidar2img_{camera}"])
-        seen = np.flatnonzero(geometry.visible(uv, depth, hw))
-        np.testing.assert_array_equal(seen, reference[f"points64_{camera}"])
-        np.testing.assert_array_equal(np.round(uv[seen, ::-1]), reference[f"pixels64_{camera}"])
-        np.testing.assert_allclose(uv[seen], reference[f"uv64_{camera}"], rtol=0, atol=1e-9)
-        np.testing.assert_allclose(depth[seen], reference[f"depth64_{camera}"], rtol=1e-12)

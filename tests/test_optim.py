@@ -1,5 +1,3 @@
-import json
-
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -8,25 +6,6 @@ import optax
 import pytest
 
 from pop3d_jax import optim
-
-
-@pytest.mark.golden
-def test_the_schedule_equals_timm_with_the_official_order_of_calls(golden_file):
-    schedule = json.loads(golden_file("pop3d/lr_schedule.json").read_text())
-    for base in schedule["base_lrs"]:
-        entry = schedule[f"base_lr_{base}"]
-        for column, multiplier in ((1, 1.0), (2, schedule["backbone_lr_multiplier"])):
-            rate = optim.cosine_with_warmup(
-                base * multiplier,
-                total_steps=schedule["t_initial"],
-                warmup_steps=schedule["warmup_t"],
-                warmup_start=schedule["warmup_lr_init"],
-                final=schedule["lr_min"],
-            )
-            assert np.isclose(rate(0), entry["lr_at_construction"][column - 1], rtol=1e-6)
-            rows = np.array(entry["rows"])
-            # The row of update i - 1 is what step i runs at.
-            np.testing.assert_allclose(jax.vmap(rate)(rows[:, 0] + 1), rows[:, column], rtol=2e-5, atol=1e-12)
 
 
 def small_config(**changes):

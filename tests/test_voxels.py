@@ -14,8 +14,6 @@ from pop3d_jax.voxels import (
     Volume,
     contains_point,
     crossed_by_rays,
-    grid_coordinates,
-    grid_coordinates_float64,
     in_range,
     voxel_indices,
 )
@@ -54,41 +52,6 @@ def compiled(volume):
         )
 
     return jax.jit(everything)
-
-
-@pytest.fixture(scope="module")
-def golden(golden_file):
-    with np.load(golden_file("pop3d/labels.npz")) as arrays:
-        data = dict(arrays)
-    limits = (tuple(data["volume_min"].tolist()), tuple(data["volume_max"].tolist()))
-    return data, Volume(*limits, tuple(data["grid_size"].tolist()))
-
-
-@pytest.mark.golden
-def test_host_coordinates_are_the_official_numbers(golden):
-    data, volume = golden
-    points = data["points_xyz"]
-    np.testing.assert_array_equal(grid_coordinates_float64(points, volume), data["grid_ind_float"])
-    features = grid_coordinates_float64(points[data["matching_points"]], volume)
-    np.testing.assert_array_equal(features.astype(np.float32), data["grid_ind_float_features"])
-
-
-@pytest.mark.golden
-def test_device_coordinates_are_the_official_numbers_in_float32(golden):
-    data, volume = golden
-    coordinates = jax.jit(grid_coordinates, static_argnums=1)(jnp.asarray(data["points_xyz"]), volume)
-    tolerance = 2 * np.spacing(np.float32(max(volume.grid_size)))
-    np.testing.assert_allclose(coordinates, data["grid_ind_float"], rtol=0, atol=tolerance)
-
-
-@pytest.mark.golden
-def test_golden_voxels_and_range_are_exact(golden):
-    data, volume = golden
-    points = data["points_xyz"]
-    indices, inside, crossed, _ = compiled(volume)(jnp.asarray(points), jnp.ones(len(points), bool))
-    np.testing.assert_array_equal(indices, np.floor(data["grid_ind_float"]))
-    np.testing.assert_array_equal(inside, np.unpackbits(data["in_range"])[: len(points)].astype(bool))
-    np.testing.assert_array_equal(crossed, official_crossed(points, volume)[0])
 
 
 def test_float32_arithmetic_alone_would_not_do():

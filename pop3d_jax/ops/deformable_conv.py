@@ -10,6 +10,7 @@ Measured in `benchmarks/backbone_memory.py`.
 
 import functools
 import itertools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float
 
 from pop3d_jax.ops.grid_sample import take_rows
 
+Implementation = Literal["taps", "reference"]
 _Geometry = tuple[int, int, int]  # stride, padding, dilation
 
 
@@ -30,7 +32,7 @@ def deformable_conv2d(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
-    implementation: str = "taps",
+    implementation: Implementation = "taps",
 ) -> Float[Array, "image out_height out_width out_channel"]:
     """A convolution whose taps are moved by `offset` and weighted by `mask`.
 

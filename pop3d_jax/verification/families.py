@@ -85,10 +85,11 @@ def compare(folder: Path, only: str = "", full_size_too: bool = False) -> Iterat
     golden_file = golden_set(folder)
     for family, comparisons in FAMILIES:
         if only in family and (full_size_too or family != FULL_SIZE):
-            yield _part(family, comparisons, golden_file)
+            yield run_part(family, comparisons, golden_file)
 
 
-def _part(family: str, comparisons: Callable[[GoldenFile], Iterator[Check]], golden_file: GoldenFile) -> Part:
+def run_part(family: str, comparisons: Callable[[GoldenFile], Iterator[Check]], golden_file: GoldenFile) -> Part:
+    """Runs one part of `FAMILIES`; whatever it raises is a failed check of its own."""
     checks = []
     try:
         checks.extend(comparisons(golden_file))

@@ -42,25 +42,28 @@ _INPUTS = ("img", "img_shape", "lidar2img", "points", "feature_points")
 
 
 def tiny_network(golden_file: GoldenFile) -> Iterator[Check]:
-    """Every array of `tiny_model.npz`, its samples in one batch (the official runs took them one by one)."""
+    """Every array of `tiny_model.npz`: its samples in one batch, and one by one as the official runs took them."""
     golden = golden_arrays(golden_file("pop3d/tiny_model.npz"))
     noise = golden_json(golden_file("pop3d/tiny_float32_noise.json"))["outputs"]
-    ours = _forward(tiny_model(golden_file), golden)
     expected = {name: array for name, array in golden.items() if name not in _INPUTS and not name.startswith(_OTHERS)}
-    yield exact("names of the arrays", np.asarray(sorted(ours)), np.asarray(sorted(expected)))
-    for name, array in expected.items():
-        if name not in ours:
-            continue
-        if array.dtype == bool:
-            yield exact(name, ours[name], array)
-            continue
-        tolerance = NOISE_FACTOR * noise[name]["max_abs"] if name in noise else UNLISTED_TOLERANCE
-        if name.startswith("ref_cam") and ours[name].shape == array.shape:
-            # Behind the camera the numbers are huge and mean nothing.
-            visible = expected[name.replace("cam", "mask")]
-            yield absolute(name, ours[name][visible], array[visible], tolerance, "where visible")
-        else:
-            yield absolute(name, ours[name], array, tolerance, _worst_sample(ours[name], array))
+    model, samples = tiny_model(golden_file), len(golden["img"])
+    for size in sorted({samples, 1}, reverse=True):
+        how = f", batch {size}"
+        ours = _forward(model, golden, size)
+        yield exact(f"names of the arrays{how}", np.asarray(sorted(ours)), np.asarray(sorted(expected)))
+        for name, array in expected.items():
+            if name not in ours:
+                continue
+            if array.dtype == bool:
+                yield exact(f"{name}{how}", ours[name], array)
+                continue
+            tolerance = NOISE_FACTOR * noise[name]["max_abs"] if name in noise else UNLISTED_TOLERANCE
+            if name.startswith("ref_cam") and ours[name].shape == array.shape:
+                # Behind the camera the numbers are huge and mean nothing.
+                visible = expected[name.replace("cam", "mask")]
+                yield absolute(f"{name}{how}", ours[name][visible], array[visible], tolerance, "where visible")
+            else:
+                yield absolute(f"{name}{how}", ours[name], array, tolerance, _worst_sample(ours[name], array))
 
 
 def state_dicts(golden_file: GoldenFile) -> Iterator[Check]:
@@ -105,8 +108,8 @@ def official_intermediates(
     return arrays
 
 
-def _forward(model: Pop3D, golden: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All arrays of all samples."""
+def _forward(model: Pop3D, golden: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
+    """All arrays of all samples, computed `batch_size` at a time."""
     graph, state = nnx.split(model)
     x, y, z = model.config.grid_size
 
@@ -122,7 +125,11 @@ def _forward(model: Pop3D, golden: Mapping[str, np.ndarray]) -> dict[str, np.nda
         golden["points"],
         golden["feature_points"],
     )
-    return {name: np.asarray(value) for name, value in run(state, *map(jnp.asarray, inputs)).items()}
+    parts = [
+        run(state, *(jnp.asarray(array[start : start + batch_size]) for array in inputs))
+        for start in range(0, len(inputs[0]), batch_size)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _official_output(output: Pop3DOutput) -> dict[str, jax.Array]:

@@ -1,6 +1,8 @@
 """Single operations against `ops.npz`: sampling, deformable operations, heads, losses, encoder parts, grid masks."""
 
+import itertools
 from collections.abc import Iterator
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,9 @@ from pop3d_jax.models.heads import TPVHeads
 from pop3d_jax.models.resnet import Bottleneck
 from pop3d_jax.models.tpv import FeedForward, PositionalEncoding, TPVPlanes
 from pop3d_jax.models.tpv_geometry import PLANES, cell_centres, plane_shapes, reference_points, sample_points
+from pop3d_jax.ops import deformable_attention as attention_ops
 from pop3d_jax.ops.deformable_attention import deformable_attention
-from pop3d_jax.ops.deformable_conv import deformable_conv2d
+from pop3d_jax.ops.deformable_conv import Implementation, deformable_conv2d
 from pop3d_jax.ops.grid_sample import grid_sample, resize_bilinear
 from pop3d_jax.verification.checks import Check, absolute, exact, relative
 from pop3d_jax.verification.golden_model import GoldenFile, filled_module, golden_arrays, reference_weights
@@ -24,11 +27,11 @@ _OPS = "pop3d/ops.npz"
 
 
 def attention(golden_file: GoldenFile) -> Iterator[Check]:
-    """Multi-scale deformable attention and its gradients, in both implementations."""
+    """Multi-scale deformable attention and its gradients, in every implementation."""
     official = golden_arrays(golden_file(_OPS), "msda_")
     shapes = tuple((int(h), int(w)) for h, w in official["spatial_shapes"])
     arguments = [jnp.asarray(official[name]) for name in ("value", "sampling_locations", "attention_weights")]
-    for implementation in ("gather", "matmul"):
+    for implementation in get_args(attention_ops.Implementation):
 
         def attend(values, locations, weights, implementation=implementation):
             return deformable_attention(values, shapes, locations, weights, implementation=implementation)
@@ -44,12 +47,16 @@ def attention(golden_file: GoldenFile) -> Iterator[Check]:
 
 
 def deformable_convolutions(golden_file: GoldenFile) -> Iterator[Check]:
-    """Modulated deformable convolutions with their predicted offsets, and all gradients."""
+    """Modulated deformable convolutions with their predicted offsets, and all gradients, in every implementation."""
     golden = golden_arrays(golden_file(_OPS), "dcn_")
-    for name in sorted(key.removesuffix("_stride") for key in golden if key.endswith("_stride")):
+    names = sorted(key.removesuffix("_stride") for key in golden if key.endswith("_stride"))
+    for name, implementation in itertools.product(names, get_args(Implementation)):
         stride, padding, dilation = (int(golden[f"{name}_{part}"]) for part in ("stride", "padding", "dilation"))
 
-        def convolve(x, kernel, offset_kernel, offset_bias, stride=stride, padding=padding, dilation=dilation):
+        settings = {"stride": stride, "padding": padding, "dilation": dilation, "implementation": implementation}
+
+        def convolve(x, kernel, offset_kernel, offset_bias, settings=settings):
+            stride, padding, dilation, _ = settings.values()
             predicted = offset_bias + jax.lax.conv_general_dilated(
                 x,
                 offset_kernel,
@@ -61,8 +68,7 @@ def deformable_convolutions(golden_file: GoldenFile) -> Iterator[Check]:
             taps = predicted.shape[-1] // 3
             offset = predicted[..., : 2 * taps].reshape(*predicted.shape[:3], taps, 2)
             mask = jax.nn.sigmoid(predicted[..., 2 * taps :])
-            output = deformable_conv2d(x, offset, mask, kernel, stride=stride, padding=padding, dilation=dilation)
-            return output, predicted
+            return deformable_conv2d(x, offset, mask, kernel, **settings), predicted
 
         inputs = (
             _channels_last(golden[f"{name}_input"]),
@@ -85,7 +91,7 @@ def deformable_convolutions(golden_file: GoldenFile) -> Iterator[Check]:
                 expected = golden[f"{name}_{array}"]
                 # Sums of many terms cancel: elements are judged by the size of the whole array, too.
                 size = float(np.sqrt(np.mean(expected.astype(np.float64) ** 2)))
-                yield relative(f"dcn_{name}_{array}", ours, expected, tolerance, size)
+                yield relative(f"dcn_{name}_{array}, {implementation}", ours, expected, tolerance, size)
 
 
 def sampling(golden_file: GoldenFile) -> Iterator[Check]:

@@ -1,68 +1,18 @@
-"""The encoder's parts: anchors, projections, positional encoding, feed-forward, and batches done right."""
+"""The encoder: batches, cameras and rematerialisation done right (its parts' numbers: test_golden.py)."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from pop3d_jax.models import tpv_attention
-from pop3d_jax.models.tpv import FeedForward, PositionalEncoding, TPVEncoder
+from pop3d_jax.models.tpv import TPVEncoder
 from pop3d_jax.models.tpv_geometry import (
     PLANES,
-    cell_centres,
-    plane_shapes,
     plane_views,
-    reference_points,
-    sample_points,
 )
 
 VOLUME = ((-51.2, -51.2, -5.0), (51.2, 51.2, 3.0))
-
-
-@pytest.fixture(scope="module")
-def ops(golden_file):
-    with np.load(golden_file("pop3d/ops.npz")) as arrays:
-        return dict(arrays)
-
-
-@pytest.mark.golden
-def test_official_reference_points_and_projections(ops):
-    h, w, z = (int(n) for n in ops["refpts_hwz"])
-    volume = tuple(float(v) for v in ops["refpts_pc_range"])
-    extent = tuple(b - a for a, b in zip(volume[:3], volume[3:], strict=True))
-    anchors = tuple(int(n) for n in ops["refpts_num_points_in_pillar"])
-    image_hw = tuple(int(n) for n in ops["refpts_image_hw"])
-    lidar_to_image = jnp.asarray(ops["refpts_lidar2img"], jnp.float32)[None]
-    references = reference_points((w, h, z), extent, anchors)
-    for plane, shape, reference in zip(PLANES, plane_shapes((w, h, z)), references, strict=True):
-        np.testing.assert_allclose(reference.swapaxes(0, 1)[None], ops[f"refpts_ref_3d_{plane}"], rtol=0, atol=1e-7)
-        np.testing.assert_allclose(cell_centres(shape)[None, :, None], ops[f"refpts_ref_2d_{plane}"], rtol=0, atol=1e-7)
-        uv, visible = sample_points(reference, volume[:3], volume[3:], lidar_to_image, image_hw)
-        mask = ops[f"refpts_mask_{plane}"][:, 0]
-        np.testing.assert_array_equal(visible[0], mask)
-        # Shares of the image: 2e-6 is 0.003 pixels of 1600.
-        np.testing.assert_allclose(uv[0][mask], ops[f"refpts_cam_{plane}"][:, 0][mask], rtol=0, atol=2e-6)
-
-
-@pytest.mark.golden
-def test_official_positional_encoding(ops):
-    row, column = ops["lpe_row_embed"], ops["lpe_col_embed"]
-    encoding = PositionalEncoding((len(row), len(column)), 2 * row.shape[1], rngs=nnx.Rngs(0))
-    encoding.row_embed[...], encoding.col_embed[...] = jnp.asarray(row), jnp.asarray(column)
-    expected = np.moveaxis(ops["lpe_output"], 1, -1)
-    for item in expected:
-        np.testing.assert_array_equal(encoding().reshape(item.shape), item)
-
-
-@pytest.mark.golden
-def test_official_feed_forward(ops):
-    hidden, dims = ops["ffn_layers.0.0.weight"].shape
-    ffn = FeedForward(dims, hidden, dropout_rate=0.1, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    for layer, name in ((ffn.expand, "0.0"), (ffn.contract, "1")):
-        layer.kernel[...] = jnp.asarray(ops[f"ffn_layers.{name}.weight"].T)
-        layer.bias[...] = jnp.asarray(ops[f"ffn_layers.{name}.bias"])
-    np.testing.assert_allclose(ffn(jnp.asarray(ops["ffn_input"]), None), ops["ffn_output"], rtol=0, atol=2e-6)
 
 
 def _ring_of_cameras(seed: int, batch: int, cameras: int, image_hw: tuple[int, int]) -> jax.Array:
