@@ -66,6 +66,6 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.log_every = 20
     config.checkpoint_every = 260
-    config.eval_every = 1300
+    config.eval_every = 0  # `make demo` evaluates right after
     config.eval_batch_size = 2
     return config

@@ -112,11 +112,12 @@ def get_config(learning_rate: str = "script") -> ml_collections.ConfigDict:
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # all devices
-    config.mesh.camera = 1
+    config.mesh.camera = 1  # devices that share the six views of a key frame: 1, 2, 3 or 6
+    config.mesh.shard_optimizer = False  # True: each device of the data axis keeps a part of the optimiser's arrays
 
     config.log_every = 50
     config.checkpoint_every = 1000
     config.keep_checkpoints = 2
-    config.eval_every = 3516
+    config.eval_every = 3516  # and after the last step; 0: never
     config.eval_batch_size = 8
     return config

@@ -74,13 +74,13 @@ class Checkpoints:
         step = self._existing(step)
         return self._manager.restore(step, args=ocp.args.Composite(**{_CONFIG: ocp.args.JsonRestore()}))[_CONFIG]
 
-    def restore(self, abstract_state: Any, sharding: Sharding, step: int | None = None) -> Any:
+    def restore(self, abstract_state: Any, sharding: Sharding | dict[str, Any], step: int | None = None) -> Any:
         """Reads a checkpoint (the newest by default).
 
         Args:
           abstract_state: the tree of shapes and types that is expected (`jax.eval_shape` makes one). A part of the
             stored state may be asked for, for example parameters without the optimiser.
-          sharding: where the arrays go.
+          sharding: where the arrays go, on any mesh: one for all, or a tree like `abstract_state`.
           step: which checkpoint.
 
         Raises:
@@ -88,8 +88,10 @@ class Checkpoints:
         """
         step = self._existing(step)
         self._compare(abstract_state, step)
+        if isinstance(sharding, Sharding):
+            sharding = jax.tree.map(lambda _: sharding, abstract_state)
         target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_state
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_state, sharding
         )
         try:
             return self._manager.restore(

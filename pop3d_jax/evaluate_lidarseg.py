@@ -90,9 +90,9 @@ def evaluate_lidarseg(
         arrays = {name: batch[name] for name in _INPUTS} | {
             name: batch[name].astype(np.int32) for name in ("record_index", "points_left_out")
         }
-        seen = jax.tree.map(
-            np.asarray, label(trained.parameters, trained.statistics, text, shard_batch(arrays, trained.mesh))
-        )
+        device_batch = shard_batch(arrays, trained.mesh)
+        with jax.set_mesh(trained.mesh):
+            seen = jax.tree.map(np.asarray, label(trained.parameters, trained.statistics, text, device_batch))
         confusion += seen["confusion"]
         frames += int(seen["valid"].sum())
         labelled += int((seen["valid"] & seen["has_labels"]).sum())

@@ -329,13 +329,11 @@ class Evaluator:
             # What the teacher would be asked for is not needed here.
             arrays = {name: array for name, array in batch.items() if not name.startswith("feature_")}
             arrays["record_index"] = arrays["record_index"].astype(np.int32)
-            counts, points = self._evaluate(
-                parameters,
-                statistics,
-                self._text,
-                shard_batch(arrays, self._mesh),
-                with_points=retrieval is not None,
-            )
+            device_batch = shard_batch(arrays, self._mesh)
+            with jax.set_mesh(self._mesh):
+                counts, points = self._evaluate(
+                    parameters, statistics, self._text, device_batch, with_points=retrieval is not None
+                )
             for name in sums:
                 sums[name] = sums[name] + np.asarray(counts[name]).astype(np.int64)
             if retrieval is not None:

@@ -14,11 +14,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from pop3d_jax.models.clip import LoadedCLIP, load_clip
+from pop3d_jax.models.clip import LoadedCLIP, abstract_clip, load_clip
+from pop3d_jax.models.deeplab import DeepLabV2
 from pop3d_jax.models.maskclip import MaskCLIP
 from pop3d_jax.models.maskclip_plus import MaskCLIPPlus
 from pop3d_jax.models.maskclip_plus_weights import load_network
 from pop3d_jax.models.parameters import ArrayTree, merge_model, split_model
+from pop3d_jax.sharding import first_view, per_device, sum_over_views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +32,13 @@ class Teacher:
       parameters: its arrays, `parameters` and `statistics`; they go into the jitted step as an argument, never as
         constants of the program.
       feature_dim: width of its features, which must be the student's.
-      clip: both towers and the tokenizer, for the text side.
+      clip: both towers and the tokenizer, for the text side; None for shapes without weights.
     """
 
     graph: nnx.GraphDef
     parameters: ArrayTree
     feature_dim: int
-    clip: LoadedCLIP
+    clip: LoadedCLIP | None
 
     def point_features(
         self,
@@ -56,12 +58,20 @@ class Teacher:
         Returns:
           One feature a point, not normalised, as official.
         """
+        split = [(), ("batch", "camera"), ("batch",), ("batch",)]
+        return per_device(self._own_views, split, ("batch",))(parameters, images, cameras, pixels)
+
+    def _own_views(self, parameters: ArrayTree, images: Array, cameras: Array, pixels: Array) -> Array:
+        """Every device reads its own views; a point is seen by one of all devices' views."""
         batch, views = images.shape[:2]
         model = merge_model(self.graph, parameters["parameters"], parameters["statistics"])
+        view = cameras - first_view(views)
+        own = (view >= 0) & (view < views)
         # All views of the batch lie in one row of pictures: one gather serves every example.
-        picture = cameras + views * jnp.arange(batch)[:, None]
+        picture = jnp.clip(view, 0, views - 1) + views * jnp.arange(batch)[:, None]
         sampled = model.features_at(images.reshape(-1, *images.shape[2:]), picture.reshape(-1), pixels.reshape(-1, 2))
-        return sampled.reshape(batch, -1, self.feature_dim)
+        sampled = sampled.reshape(batch, -1, self.feature_dim)
+        return sum_over_views(jnp.where(own[..., None], sampled, 0.0))
 
 
 def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
@@ -97,6 +107,25 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
             )
     graph, parameters, statistics = split_model(model)
     return Teacher(graph, {"parameters": parameters, "statistics": statistics}, feature_dim, clip)
+
+
+def abstract_teacher(config: ml_collections.ConfigDict) -> Teacher:
+    """The teacher's structure and shapes without its weights, to compile a program with.
+
+    Args:
+      config: the `teacher` part of an experiment. MaskCLIP+ has its published sizes; its file is not read.
+
+    Raises:
+      FileNotFoundError, ValueError: see `abstract_clip`.
+    """
+    if config.name == "maskclip_plus":
+        model = nnx.eval_shape(lambda: MaskCLIPPlus(DeepLabV2(rngs=nnx.Rngs(0))))
+        feature_dim = model.network.feature_dim
+    else:
+        clip = abstract_clip(config.path)
+        model, feature_dim = MaskCLIP(clip, config.variant), clip.vision.config.embedding
+    graph, parameters, statistics = split_model(model)
+    return Teacher(graph, {"parameters": parameters, "statistics": statistics}, feature_dim, None)
 
 
 def teacher_fingerprint(teacher: Teacher) -> str:

@@ -8,6 +8,7 @@ unbroken run would have had. WORKDIR holds config.json, manifest.json, metrics.j
 import collections
 import json
 import math
+import sys
 import time
 
 import jax
@@ -24,12 +25,13 @@ from pop3d_jax.data.pipeline import ExampleSettings, evaluation_batches, trainin
 from pop3d_jax.data.records import RecordError, RecordSource
 from pop3d_jax.data.teacher_cache import TeacherCache
 from pop3d_jax.evaluator import Evaluator, headline
-from pop3d_jax.experiment import build_student, example_settings, make_student
-from pop3d_jax.optim import cosine_with_warmup, make_optimizer, parameter_groups
+from pop3d_jax.experiment import build_student, example_settings
+from pop3d_jax.optim import cosine_with_warmup
+from pop3d_jax.program import number_of_steps, training_program
 from pop3d_jax.progress import progress
 from pop3d_jax.sharding import make_mesh, replicated, shard_batch
-from pop3d_jax.step import initial_state, make_train_step
-from pop3d_jax.teacher import load_teacher, teacher_fingerprint
+from pop3d_jax.step import initial_state
+from pop3d_jax.teacher import Teacher, load_teacher, teacher_fingerprint
 from pop3d_jax.torch_files import WeightFileError
 
 
@@ -59,8 +61,7 @@ def train(
     # ------------------------------------------------------------------------------------------ data
     mesh = make_mesh(config.mesh.data, config.mesh.camera)
     source = RecordSource(config.data.records, config.data.train_split)
-    steps_per_epoch = max(len(source) // config.batch_size, 1)
-    total_steps = config.total_steps or math.ceil(config.epochs * steps_per_epoch)
+    total_steps = number_of_steps(config, len(source))
     last_step = min(total_steps, stop_after or total_steps)
     settings: ExampleSettings = example_settings(config, training=True)
     logging.info(
@@ -68,54 +69,36 @@ def train(
         len(source),
         config.batch_size,
         total_steps,
-        total_steps / steps_per_epoch,
+        total_steps * config.batch_size / len(source),
         dict(mesh.shape),
     )
 
-    # --------------------------------------------------------------------------------------- teacher
+    # ------------------------------------------------------------------------------ teacher, program
     teacher = load_teacher(config.teacher)
-    if teacher.feature_dim != config.model.feature_dim:
-        raise ValueError(
-            f"teacher {config.teacher.path} has features of width {teacher.feature_dim}, the student's head has "
-            f"{config.model.feature_dim}: set --config.model.feature_dim={teacher.feature_dim}"
-        )
-    cache = None
-    if config.teacher.cache:
-        cache = TeacherCache(config.teacher.cache, config.data.train_split, source.fingerprint)
-        same_settings = all(
-            cache.index.teacher[name] == value
-            for name, value in (
-                ("name", config.teacher.name),
-                ("variant", config.teacher.variant),
-                ("image_hw", list(config.data.teacher_image_hw)),
-            )
-        )
-        if not same_settings or cache.index.teacher_fingerprint != teacher_fingerprint(teacher):
-            raise ValueError(
-                f"the features in {config.teacher.cache} are of another teacher ({cache.index.teacher}) than "
-                f"{config.teacher.path}, variant {config.teacher.variant}, at {config.data.teacher_image_hw}: make "
-                "them again with data_prep.teacher_features, into another folder"
-            )
+    cache = _teacher_cache(config, teacher, source)
     # With a cache the teacher only names the text space; its arrays stay off the devices.
     teacher_parameters = {} if cache else jax.device_put(teacher.parameters, replicated(mesh))
-
-    # ------------------------------------------------------------------------------ model, optimiser
-    student = make_student(config)
-    groups = parameter_groups(student.abstract_parameters, student.is_frozen)
-    optimizer = make_optimizer(config.optim, total_steps, groups)
-    abstract_state = jax.eval_shape(
-        lambda: initial_state(student.abstract_parameters, student.abstract_statistics, optimizer)
+    program = training_program(config, teacher, total_steps, mesh)
+    student = program.student
+    schedule = cosine_with_warmup(
+        config.optim.learning_rate,
+        total_steps=total_steps,
+        warmup_steps=config.optim.warmup_steps,
+        warmup_start=config.optim.warmup_start,
+        final=config.optim.final_learning_rate,
     )
+
+    # ----------------------------------------------------------------------------------------- state
     workdirs.prepare(workdir, config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     first_step = checkpoints.latest_step()
     if first_step is not None:
         logging.info("resuming from the checkpoint of step %d", first_step)
-        state = checkpoints.restore(abstract_state, replicated(mesh))
+        state = checkpoints.restore(program.abstract_state, program.shardings)
     else:
         first_step = 0
         parameters, statistics = build_student(config, source, settings)
-        state = jax.device_put(initial_state(parameters, statistics, optimizer), replicated(mesh))
+        state = jax.device_put(initial_state(parameters, statistics, program.optimizer), program.shardings)
     count = sum(leaf.size for leaf in jax.tree.leaves(state["parameters"]))
     logging.info("%.2f million parameters", count / 1e6)
     workdirs.write_manifest(
@@ -125,29 +108,7 @@ def train(
         step=first_step,
     )
 
-    # ------------------------------------------------------------------------------------------ step
-    train_step = jax.jit(
-        make_train_step(
-            student.graph,
-            student.volume,
-            teacher,
-            optimizer,
-            groups,
-            loss_weights=config.loss.to_dict(),
-            use_grid_mask=config.model.grid_mask,
-            use_dropout=config.model.dropout > 0,
-            seed=config.seed,
-        ),
-        donate_argnums=0,
-        out_shardings=(replicated(mesh), replicated(mesh)),
-    )
-    schedule = cosine_with_warmup(
-        config.optim.learning_rate,
-        total_steps=total_steps,
-        warmup_steps=config.optim.warmup_steps,
-        warmup_start=config.optim.warmup_start,
-        final=config.optim.final_learning_rate,
-    )
+    # ------------------------------------------------------------------------------------- the input
     evaluator = None
     batches = training_batches(
         source,
@@ -187,8 +148,8 @@ def train(
         indices = batch.pop("record_index")
         left_out += int(batch.pop("points_left_out").sum() + batch.pop("feature_points_left_out").sum())
         device_batch = shard_batch(batch, mesh)
-        with jax.transfer_guard("disallow"):
-            state, metrics = train_step(state, device_batch, teacher_parameters)
+        with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
+            state, metrics = program.step(state, device_batch, teacher_parameters)
         pending.append((step, metrics, indices))
         if len(pending) > 1:
             check_finite()
@@ -210,7 +171,7 @@ def train(
                 *(logged[name] for name in ("total", "cross_entropy", "lovasz", "feature")),
                 seconds,
             )
-        if done % config.eval_every == 0 or done == last_step:
+        if config.eval_every and (done % config.eval_every == 0 or done == last_step):
             evaluator = evaluator or Evaluator(student, teacher.clip, mesh)
             eval_source = RecordSource(config.data.records, config.data.eval_split)
             results = evaluator.run(
@@ -248,6 +209,28 @@ def train(
     return logged
 
 
+def _teacher_cache(config: ml_collections.ConfigDict, teacher: Teacher, source: RecordSource) -> TeacherCache | None:
+    """The features that the configuration names, checked to be this teacher's; None where it runs in the step."""
+    if not config.teacher.cache:
+        return None
+    cache = TeacherCache(config.teacher.cache, config.data.train_split, source.fingerprint)
+    same_settings = all(
+        cache.index.teacher[name] == value
+        for name, value in (
+            ("name", config.teacher.name),
+            ("variant", config.teacher.variant),
+            ("image_hw", list(config.data.teacher_image_hw)),
+        )
+    )
+    if not same_settings or cache.index.teacher_fingerprint != teacher_fingerprint(teacher):
+        raise ValueError(
+            f"the features in {config.teacher.cache} are of another teacher ({cache.index.teacher}) than "
+            f"{config.teacher.path}, variant {config.teacher.variant}, at {config.data.teacher_image_hw}: make "
+            "them again with data_prep.teacher_features, into another folder"
+        )
+    return cache
+
+
 def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
     config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/demo.py.", lock_config=True)
@@ -257,6 +240,13 @@ def _define_flags() -> None:
         None,
         "Stop (with a checkpoint) when this many steps are done; the schedule stays that of the config.",
     )
+    flags.DEFINE_bool(
+        "compile_only",
+        False,
+        "Compile the training and the inference step for --topology and print what each chip needs; nothing is read or "
+        "run, and --workdir is not needed. Exit status 1 where it does not fit.",
+    )
+    flags.DEFINE_string("topology", "v5e:2x2", "TPU to compile for: v5e:4x4, v5p:2x2x2, v6e:16x16, ...")
 
 
 def main(_: list[str]) -> None:
@@ -272,10 +262,26 @@ def main(_: list[str]) -> None:
         ValueError,
         FileNotFoundError,
     ):
-        train(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.stop_after)
+        if flags.FLAGS.compile_only:
+            _compile_only(flags.FLAGS.config, flags.FLAGS.topology)
+        else:
+            if not flags.FLAGS.workdir:
+                raise ValueError("give the folder of the run with --workdir")
+            train(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.stop_after)
+
+
+def _compile_only(config: ml_collections.ConfigDict, topology: str) -> None:
+    # The compiler needs no device; with libtpu installed JAX would look for one.
+    jax.config.update("jax_platforms", "cpu")
+    from pop3d_jax import compile_report
+
+    programs = compile_report.compile_programs(config, topology)
+    print(compile_report.format_report(programs, topology, config))
+    if not compile_report.fits(programs, topology):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
     _define_flags()
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(["config"])
     run(main)

@@ -42,6 +42,14 @@ _RENAMES = (
 _BUFFERS = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")
 # OpenAI's configs say 2, a mistake kept for compatibility: the end token is then the largest id.
 _LEGACY_END_TOKEN = 2
+# Sizes of the published teacher, as its config.json has them: to compile a program no weights are needed.
+_COMMON = {"embedding": 512, "layers": 12, "activation": "quick_gelu", "layer_norm_epsilon": 1e-5}
+_PUBLISHED = {
+    "openai/clip-vit-base-patch16": (
+        VisionConfig(image_size=224, patch_size=16, width=768, heads=12, mlp_width=3072, **_COMMON),
+        TextConfig(vocabulary=49_408, positions=77, end_token=49_407, width=512, heads=8, mlp_width=2048, **_COMMON),
+    )
+}
 _CONVERSION_AUTHOR, _CONVERSION_TITLE = "SFconvertbot", "Adding `safetensors` variant of this model"
 
 
@@ -124,6 +132,27 @@ def load_clip(name_or_path: str | os.PathLike[str], *, dtype: str = "float32") -
             "belong together; copy the tokenizer files that came with the weights"
         )
     return LoadedCLIP(model, tokenizer, config, name)
+
+
+def abstract_clip(name_or_path: str | os.PathLike[str], *, dtype: str = "float32") -> CLIP:
+    """The structure of a CLIP without its weights.
+
+    Args:
+      name_or_path: a folder in Hugging Face format, or the published "openai/clip-vit-base-patch16", for which
+        neither files nor network are needed.
+      dtype: what the towers compute in.
+
+    Raises:
+      FileNotFoundError, ValueError: neither of the two, or no CLIP.
+    """
+    name = os.fspath(name_or_path)
+    if Path(name).is_dir():
+        vision, text = tower_configs(_read_config(Path(name), name))
+    elif name in _PUBLISHED:
+        vision, text = _PUBLISHED[name]
+    else:
+        raise FileNotFoundError(f"the sizes of {name} are not known here: give a folder that has its config.json")
+    return nnx.eval_shape(lambda: CLIP(vision, text, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def save_clip(

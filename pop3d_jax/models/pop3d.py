@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -12,6 +14,7 @@ from pop3d_jax.models.heads import Pop3DOutput, TPVHeads
 from pop3d_jax.models.resnet import ResNet
 from pop3d_jax.models.tpv import Capture, TPVEncoder
 from pop3d_jax.ops.deformable_attention import Implementation
+from pop3d_jax.sharding import per_device
 
 _TRIPLES = (
     "grid_size",
@@ -166,16 +169,31 @@ class Pop3D(nnx.Module):
         Raises:
             ValueError: the number of cameras is not the config's, or the images are not padded.
         """
-        batch, camera, height, width, _ = images.shape
+        _, camera, height, width, _ = images.shape
         if camera != self.config.num_cameras:
             raise ValueError(f"the network has {self.config.num_cameras} cameras, the images {camera}")
         if height % 32 or width % 32:
             raise ValueError(f"images of {height} x {width} pixels must be padded to multiples of 32")
-        maps = self.backbone(images.reshape(batch * camera, height, width, 3))
-        levels = self.neck(maps)
-        levels = tuple(level.reshape(batch, camera, *level.shape[1:]) for level in levels)
-        if capture is not None:
-            capture |= {f"backbone.{i}": m.reshape(batch, camera, *m.shape[1:]) for i, m in enumerate(maps)}
-            capture |= {f"neck.{i}": level for i, level in enumerate(levels)}
+        levels = self._pyramids(images, capture)
         planes = self.encoder(levels, lidar_to_image, (height, width), dropout_key, capture)
         return self.heads(planes, points, feature_points, voxel_features=voxel_features)
+
+    def _pyramids(
+        self, images: Float[Array, "batch camera height width 3"], capture: Capture
+    ) -> tuple[Float[Array, "batch camera _ _ channels"], ...]:
+        """Backbone and neck, every device on its own pictures."""
+        graph, state = nnx.split((self.backbone, self.neck))
+
+        def run(state: Any, images: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+            backbone, neck = nnx.merge(graph, state)
+            leading = images.shape[:2]
+            maps = backbone(images.reshape(-1, *images.shape[2:]))
+            levels = neck(maps)
+            captured = () if capture is None else maps
+            return jax.tree.map(lambda array: array.reshape(*leading, *array.shape[1:]), (captured, levels))
+
+        maps, levels = per_device(run, [(), ("batch", "camera")], ("batch", "camera"))(state, images)
+        if capture is not None:
+            capture |= {f"backbone.{i}": array for i, array in enumerate(maps)}
+            capture |= {f"neck.{i}": level for i, level in enumerate(levels)}
+        return levels

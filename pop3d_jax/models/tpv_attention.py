@@ -1,5 +1,6 @@
 """The two attentions of the TPV encoder (Huang et al. 2023, tri-perspective view)."""
 
+import functools
 import math
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from pop3d_jax.models.layers import dropout, xavier_uniform
 from pop3d_jax.models.tpv_geometry import PlaneViews, cell_centres
 from pop3d_jax.ops.deformable_attention import Implementation, SpatialShapes, deformable_attention
+from pop3d_jax.sharding import per_device, sum_over_views
 
 # The hybrid attention's queue holds the same queries twice, each copy with its own samples.
 _QUEUE = 2
@@ -92,9 +94,8 @@ class HybridSelfAttention(nnx.Module):
         weights = jax.nn.softmax(weights, axis=-1).reshape(offsets.shape[:-1]) / _QUEUE
         locations = cell_centres(shape)[:, None, None, None] + offsets / np.float32([shape[1], shape[0]])
         values = self.value_proj(queries).reshape(batch, tokens, self.heads, -1)
-        attended = deformable_attention(
-            values, (shape,), locations, weights, implementation=self.implementation
-        ).reshape(queries.shape)
+        attend = functools.partial(_attend_plane, shape, self.implementation)
+        attended = per_device(attend, [("batch",)] * 3, ("batch",))(values, locations, weights).reshape(queries.shape)
         return dropout(self.output_proj(attended), self.dropout_rate, dropout_key) + queries
 
 
@@ -163,21 +164,33 @@ class ImageCrossAttention(nnx.Module):
             offsets = offsets / np.float32([[w, h] for h, w in spatial_shapes])[:, None]
             weights = self.attention_weights[i](queries).reshape(batch, tokens, self.heads, -1)
             weights = jax.nn.softmax(weights, axis=-1).reshape(shape)
-            attended.append(_attend_views(values, spatial_shapes, offsets, weights, view, self.implementation))
+            attend = functools.partial(_attend_views, spatial_shapes, self.implementation)
+            split = [("batch", "camera"), ("batch",), ("batch",), ("batch", "camera")]
+            attended.append(per_device(attend, split, ("batch",))(values, offsets, weights, view))
         attended = jnp.concatenate(attended, axis=1).astype(values.dtype)
         planes = jnp.concatenate(planes, axis=1)
         return dropout(self.output_proj(attended), self.dropout_rate, dropout_key) + planes
 
 
+def _attend_plane(
+    shape: tuple[int, int],
+    implementation: Implementation,
+    values: Float[Array, "batch tokens heads head_channels"],
+    locations: Float[Array, "batch tokens heads 1 points 2"],
+    weights: Float[Array, "batch tokens heads 1 points"],
+) -> Float[Array, "batch tokens heads head_channels"]:
+    return deformable_attention(values, (shape,), locations, weights, implementation=implementation)
+
+
 def _attend_views(
-    values: Float[Array, "batch camera texels heads head_channels"],
     spatial_shapes: SpatialShapes,
+    implementation: Implementation,
+    values: Float[Array, "batch camera texels heads head_channels"],
     offsets: Float[Array, "batch tokens heads levels points 2"],
     weights: Float[Array, "batch tokens heads levels points"],
     view: PlaneViews,
-    implementation: Implementation,
 ) -> Float[Array, "batch tokens channels"]:
-    """Mean over the cameras that a token takes part in; zero where there is none.
+    """Mean over the cameras that a token takes part in, all devices' cameras; zero where there is none.
 
     A loop over slices of the tokens, sorted for each camera so that those that take part come first: nothing of the
     size of all samples exists at a time, forward or backward, and slices in which no camera has a token left are
@@ -213,4 +226,5 @@ def _attend_views(
     results = jnp.moveaxis(results, 0, 2).reshape(batch, camera, steps * size, -1)
     results = jax.vmap(jax.vmap(lambda x, i: x[i]))(results, view.rank).astype(jnp.float32)
     total = jnp.where(view.hit[..., None], results, 0.0).sum(1)
-    return total / jnp.maximum(view.hit.sum(1), 1)[..., None]
+    total, seen_by = sum_over_views((total, view.hit.sum(1)))
+    return total / jnp.maximum(seen_by, 1)[..., None]

@@ -1,0 +1,277 @@
+"""Compiles an experiment's programs for TPUs that are not there, and tells what each chip would need.
+
+    python -m pop3d_jax.train --config configs/pop3d_nuscenes.py --compile_only --topology v5e:4x4
+
+Needs the extra `tpu` (libtpu, which compiles for any TPU without having one). All numbers are the compiler's own;
+nothing is executed, and no time is predicted: that needs the machine.
+"""
+
+import contextlib
+import dataclasses
+import io
+import logging as standard_logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from PIL import Image
+
+from pop3d_jax.data.pipeline import ExampleSettings, make_example
+from pop3d_jax.data.records import KeyFrame
+from pop3d_jax.experiment import example_settings, make_student
+from pop3d_jax.hlo_text import LargeArray, collectives, largest_arrays
+from pop3d_jax.models.parameters import merge_model
+from pop3d_jax.nuscenes import CAMERAS
+from pop3d_jax.program import training_program
+from pop3d_jax.sharding import BATCH_AXES, make_mesh, partition_spec, replicated
+from pop3d_jax.teacher import abstract_teacher
+
+# Main memory of a chip in bytes, by the name of its topologies (Cloud TPU documentation).
+CAPACITY = {"v5e": 16 * 10**9, "v5p": 95 * 10**9, "v6e": 32 * 10**9}
+# Pixels of nuScenes' images; their calibration does not matter here.
+_IMAGE_HW = (900, 1600)
+_LARGEST = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one program on one chip.
+
+    Attributes:
+      name: "training step" or "inference step".
+      seconds: how long compilation took here.
+      arguments, outputs, aliased, temporaries, peak: bytes; `aliased` outputs lie in arguments' memory.
+      flops, bytes_accessed: of one execution, loops included as the compiler counts them; None where it does not say.
+      collectives: by kind, how many and the bytes of their results; inside loops once.
+      largest: arrays in main memory.
+      refused: the compiler's words where the program does not fit at all; all numbers are 0 then.
+    """
+
+    name: str
+    seconds: float
+    arguments: int = 0
+    outputs: int = 0
+    aliased: int = 0
+    temporaries: int = 0
+    peak: int = 0
+    flops: float | None = None
+    bytes_accessed: float | None = None
+    collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    largest: tuple[LargeArray, ...] = ()
+    refused: str = ""
+
+
+def topology_mesh(topology: str, config: ml_collections.ConfigDict) -> Mesh:
+    """The experiment's mesh over the chips of a topology such as "v5e:4x4".
+
+    Raises:
+      ValueError: unknown topology, libtpu is not installed, or the mesh does not cover the chips.
+    """
+    family = topology.partition(":")[0]
+    if family not in CAPACITY:
+        raise ValueError(f"--topology={topology}: known are {', '.join(CAPACITY)}, for example v5e:4x4")
+    # libtpu looks for the machine that it runs on: there is none.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"--topology={topology} cannot be described ({' '.join(str(error).split())[:300]}): is the extra installed "
+            "(pip install 'pop3d-jax[tpu]'), and does this topology exist?"
+        ) from error
+    return make_mesh(config.mesh.data, config.mesh.camera, description.devices)
+
+
+def compile_programs(config: ml_collections.ConfigDict, topology: str, steps: int = 100_000) -> list[Compiled]:
+    """Compiles the training and the inference step.
+
+    Args:
+      config: the experiment; its records and weights are not read.
+      topology: of the TPU; `config.batch_size` key frames are spread over its chips.
+      steps: length of the schedule, a constant of the program.
+    """
+    mesh = topology_mesh(topology, config)
+    with jax.set_mesh(mesh):
+        return [
+            _compiled("training step", *_training(config, mesh, steps)),
+            _compiled("inference step", *_inference(config, mesh)),
+        ]
+
+
+def blank_key_frame() -> KeyFrame:
+    """A key frame of black images in nuScenes' size and one point: what arrays look like, not what is in them."""
+    file = io.BytesIO()
+    Image.new("RGB", _IMAGE_HW[::-1]).save(file, "JPEG")
+    eye = np.eye(4)
+    return KeyFrame(
+        images=[file.getvalue()] * len(CAMERAS),
+        intrinsics=np.tile(np.eye(3), (len(CAMERAS), 1, 1)),
+        lidar_to_camera=np.tile(eye, (len(CAMERAS), 1, 1)),
+        points=np.ones((1, 5), np.float32),
+        lidarseg=np.zeros(0, np.uint8),
+        lidar_to_ego=eye,
+        ego_to_global=eye,
+        sample_token="",
+        scene_token="",
+        scene_name="",
+        lidar_token="",
+        lidar_file="",
+        camera_tokens=[""] * len(CAMERAS),
+        camera_files=[""] * len(CAMERAS),
+        camera_timestamps=np.zeros(len(CAMERAS), np.int64),
+        timestamp=0,
+    )
+
+
+def abstract_batch(settings: ExampleSettings, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and places of a batch's arrays."""
+    example = make_example(blank_key_frame(), settings, None)
+    return {
+        name: jax.ShapeDtypeStruct(
+            (batch_size, *array.shape),
+            array.dtype,
+            sharding=NamedSharding(mesh, partition_spec(*BATCH_AXES.get(name, ("batch",)))),
+        )
+        for name, array in example.items()
+        if not name.endswith("_left_out")
+    }
+
+
+def _training(config: ml_collections.ConfigDict, mesh: Mesh, steps: int) -> tuple[Any, tuple]:
+    teacher = abstract_teacher(config.teacher)
+    program = training_program(config, teacher, steps, mesh)
+    settings = example_settings(config, training=True)
+    batch = abstract_batch(settings, config.batch_size, mesh)
+    if config.teacher.cache:
+        shape = (config.batch_size, config.data.max_feature_points, teacher.feature_dim)
+        place = NamedSharding(mesh, partition_spec("batch"))
+        batch["feature_targets"] = jax.ShapeDtypeStruct(shape, jnp.float16, sharding=place)
+    state = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        program.abstract_state,
+        program.shardings,
+    )
+    return program.step, (state, batch, {} if config.teacher.cache else _whole(teacher.parameters, mesh))
+
+
+def _inference(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[Any, tuple]:
+    student = make_student(config)
+
+    def predict(parameters: Any, statistics: Any, images: jax.Array, lidar_to_image: jax.Array) -> Any:
+        output = merge_model(student.graph, parameters, statistics)(images, lidar_to_image)
+        return output.occupancy_logits, output.voxel_features
+
+    settings = dataclasses.replace(example_settings(config, training=False))
+    batch = abstract_batch(settings, config.batch_size, mesh)
+    arguments = (
+        _whole(student.abstract_parameters, mesh),
+        _whole(student.abstract_statistics, mesh),
+        batch["images"],
+        batch["lidar_to_image"],
+    )
+    return jax.jit(predict, out_shardings=NamedSharding(mesh, partition_spec("batch"))), arguments
+
+
+def _whole(tree: Any, mesh: Mesh) -> Any:
+    place = replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+
+
+def _compiled(name: str, function: Any, arguments: tuple) -> Compiled:
+    start = time.monotonic()
+    try:
+        with _quiet():
+            program = function.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Compiled(name, time.monotonic() - start, refused=_first_lines(str(error)))
+    seconds = time.monotonic() - start
+    memory, cost, text = program.memory_analysis(), program.cost_analysis() or {}, program.as_text()
+    return Compiled(
+        name,
+        seconds,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.peak_memory_in_bytes,
+        cost.get("flops"),
+        cost.get("bytes accessed"),
+        collectives(text),
+        tuple(largest_arrays(text, _LARGEST)),
+    )
+
+
+def _first_lines(message: str) -> str:
+    """What was asked for and the largest allocations, of a message of hundreds of lines."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    kept = [line for line in lines if re.search(r"Used .* of |Program hbm|exceed|Size:|Operator:|Shape:", line)]
+    return "\n".join((kept or lines)[:40])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without JAX's warnings of buffers that cannot be donated: the batch is no part of the state."""
+    logger = standard_logging.getLogger("jax")
+    before = logger.level
+    logger.setLevel(standard_logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def format_report(programs: list[Compiled], topology: str, config: ml_collections.ConfigDict) -> str:
+    """The tables as a person reads them."""
+    capacity = CAPACITY[topology.partition(":")[0]]
+    lines = [
+        f"{topology}, batch {config.batch_size}, {config.model.compute_dtype}, remat {config.model.remat}, "
+        f"images {'x'.join(map(str, config.data.image_hw))}, grid {'x'.join(map(str, config.model.grid_size))}",
+        "",
+        f"{'per chip':<24}" + "".join(f"{program.name:>20}" for program in programs),
+    ]
+    rows = [
+        ("arguments", lambda p: _size(p.arguments)),
+        ("temporaries", lambda p: _size(p.temporaries)),
+        ("outputs not in arguments", lambda p: _size(p.outputs - p.aliased)),
+        ("peak", lambda p: _size(p.peak)),
+        ("of the chip's memory", lambda p: f"{100 * p.peak / capacity:.1f} %"),
+        ("FLOPs", lambda p: "-" if p.flops is None else f"{p.flops / 1e12:.2f} T"),
+        ("bytes accessed", lambda p: "-" if p.bytes_accessed is None else _size(p.bytes_accessed)),
+    ]
+    for label, value in rows:
+        cells = ["does not fit" if program.refused else value(program) for program in programs]
+        lines.append(f"{label:<24}" + "".join(f"{cell:>20}" for cell in cells))
+    lines.append(f"{'compiled in':<24}" + "".join(f"{program.seconds:>18.0f} s" for program in programs))
+    for program in programs:
+        lines += ["", f"{program.name}: collectives (in loops counted once)"]
+        lines += [f"  {kind:<22}{count:>6}{_size(size):>14}" for kind, (count, size) in program.collectives.items()]
+        if not program.collectives:
+            lines.append("  none")
+        if program.refused:
+            lines += ["", f"{program.name}: the compiler says", *(f"  {line}" for line in program.refused.splitlines())]
+            continue
+        lines += ["", f"{program.name}: largest arrays in main memory"]
+        for array in program.largest:
+            lines.append(f"  {_size(array.bytes):>10}  {array.shape:<28}  {array.source or array.operation}")
+    return "\n".join(lines)
+
+
+def fits(programs: list[Compiled], topology: str) -> bool:
+    """Whether every program stays within the chip's memory."""
+    capacity = CAPACITY[topology.partition(":")[0]]
+    return all(not program.refused and program.peak <= capacity for program in programs)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
