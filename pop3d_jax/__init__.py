@@ -1,8 +1,15 @@
 """POP-3D in JAX: open-vocabulary 3D occupancy from six surround images, trained without labels."""
 
+import glob
 import os
 
 import jaxlib
+
+# libtpu, where it is installed to compile for TPUs that are not there, would ask the network what machine this is.
+if not glob.glob("/dev/accel[0-9]*") and not glob.glob("/dev/vfio/[0-9]*"):
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
 # XLA's YNNPACK fusions for the CPU end the process with a segmentation fault in the gradient of the TPV encoder at
 # jaxlib 0.10.2 (seen from 50 x 50 x 8 voxels on). They are left out there; the flag is read when the first device is

@@ -1,13 +1,16 @@
 """What the commands share: log lines a person can read, common flags, reports, and how an error reaches a person."""
 
 import contextlib
+import glob
 import json
 import logging as standard_logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from etils import epath
 
@@ -30,9 +33,25 @@ def run(main: Callable[[list[str]], Any]) -> None:
         handler = logging.get_absl_handler()
         handler.addFilter(_OwnLines())
         handler.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        _choose_platform()
+        _keep_compiled_programs()
         return main(arguments)
 
     app.run(with_own_log)
+
+
+def _choose_platform() -> None:
+    """The CPU where there is no accelerator: JAX would look for one, and complain where libtpu is installed."""
+    accelerators = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+    if not os.environ.get("JAX_PLATFORMS") and not any(glob.glob(pattern) for pattern in accelerators):
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _keep_compiled_programs() -> None:
+    """Compiled programs are kept from one command to the next, unless JAX_COMPILATION_CACHE_DIR names a place."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "pop3d_jax", "compiled"))
 
 
 @contextlib.contextmanager

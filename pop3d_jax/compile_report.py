@@ -78,8 +78,10 @@ def topology_mesh(topology: str, config: ml_collections.ConfigDict) -> Mesh:
     family = topology.partition(":")[0]
     if family not in CAPACITY:
         raise ValueError(f"--topology={topology}: known are {', '.join(CAPACITY)}, for example v5e:4x4")
-    # libtpu looks for the machine that it runs on: there is none.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Several compilations may run side by side: no chip is touched.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # libtpu wants to know the machine it runs on, which is none; what is said here does not touch the topology.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology)

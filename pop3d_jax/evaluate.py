@@ -29,6 +29,7 @@ from pop3d_jax.evaluator import (
     official_table,
 )
 from pop3d_jax.experiment import example_settings
+from pop3d_jax.hosts import join_hosts
 from pop3d_jax.metrics import mean_iou
 from pop3d_jax.models.clip import load_clip
 from pop3d_jax.nuscenes import CLASS_NAMES, UNLABELLED
@@ -269,6 +270,7 @@ def main(_: list[str]) -> None:
     with stop_with_message(
         WorkdirError, CheckpointError, RecordError, RetrievalError, WeightFileError, ValueError, FileNotFoundError
     ):
+        join_hosts()
         report = evaluate(
             flags.FLAGS.workdir,
             step=flags.FLAGS.step,

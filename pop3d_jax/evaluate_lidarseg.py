@@ -21,6 +21,7 @@ from pop3d_jax.data.pipeline import evaluation_batches
 from pop3d_jax.data.records import RecordError, RecordSource
 from pop3d_jax.evaluator import TrainedRun, load_run
 from pop3d_jax.experiment import example_settings
+from pop3d_jax.hosts import join_hosts
 from pop3d_jax.lidarseg import CLASSES, LidarsegError, devkit_scores, write_submission_meta, write_sweep
 from pop3d_jax.metrics import assign_classes, confusion_matrix
 from pop3d_jax.models.clip import load_clip
@@ -181,6 +182,7 @@ def _define_flags() -> None:
 
 def main(_: list[str]) -> None:
     with stop_with_message(WorkdirError, CheckpointError, RecordError, LidarsegError, ValueError, FileNotFoundError):
+        join_hosts()
         report = evaluate_lidarseg(
             flags.FLAGS.workdir,
             step=flags.FLAGS.step,

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
@@ -26,6 +27,7 @@ from pop3d_jax.data.records import RecordError, RecordSource
 from pop3d_jax.data.teacher_cache import TeacherCache
 from pop3d_jax.evaluator import Evaluator, headline
 from pop3d_jax.experiment import build_student, example_settings
+from pop3d_jax.hosts import STOPPED_STATUS, StopRequest, join_hosts
 from pop3d_jax.optim import cosine_with_warmup
 from pop3d_jax.program import number_of_steps, training_program
 from pop3d_jax.progress import progress
@@ -35,12 +37,21 @@ from pop3d_jax.teacher import Teacher, load_teacher, teacher_fingerprint
 from pop3d_jax.torch_files import WeightFileError
 
 
+class StoppedError(Exception):
+    """Training was told to stop and has saved its state; the message names the checkpoint."""
+
+
 class NonFiniteLossError(Exception):
     """The loss is NaN or infinite; the message names the step, its sample tokens and the last good checkpoint."""
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: epath.PathLike, stop_after: int | None = None
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    stop_after: int | None = None,
+    *,
+    profile_steps: range = range(0),
+    should_stop: Callable[[int], bool] = lambda step: False,
 ) -> dict[str, float]:
     """Trains, or goes on training, until the configured number of steps.
 
@@ -48,11 +59,14 @@ def train(
       config: the experiment.
       workdir: folder of the run.
       stop_after: stop early, when this many steps are done.
+      profile_steps: a trace of these steps goes to `profile/` in the workdir (TensorBoard and Perfetto read it).
+      should_stop: asked after every step whether to save and stop, see `StopRequest.at`.
 
     Returns:
       The metrics of the last step logged.
 
     Raises:
+      StoppedError: `should_stop` said so; the state is saved.
       NonFiniteLossError: the loss is no longer finite.
       WorkdirError, CheckpointError, RecordError, ValueError: see the messages.
     """
@@ -97,7 +111,7 @@ def train(
         state = checkpoints.restore(program.abstract_state, program.shardings)
     else:
         first_step = 0
-        parameters, statistics = build_student(config, source, settings)
+        parameters, statistics = jax.device_get(build_student(config, source, settings))
         state = jax.device_put(initial_state(parameters, statistics, program.optimizer), program.shardings)
     count = sum(leaf.size for leaf in jax.tree.leaves(state["parameters"]))
     logging.info("%.2f million parameters", count / 1e6)
@@ -144,6 +158,8 @@ def train(
     # ------------------------------------------------------------------------------------------ loop
     clock, clock_step = time.monotonic(), first_step
     for step in progress(range(first_step, last_step), last_step - first_step, "training"):
+        if step in profile_steps and step == max(profile_steps.start, first_step):
+            jax.profiler.start_trace(str(workdir / "profile"))
         batch = next(batches)
         indices = batch.pop("record_index")
         left_out += int(batch.pop("points_left_out").sum() + batch.pop("feature_points_left_out").sum())
@@ -154,6 +170,11 @@ def train(
         if len(pending) > 1:
             check_finite()
         done = step + 1
+        stopping = should_stop(step) and done < last_step
+        if done == profile_steps.stop and step in profile_steps:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            logging.info("trace of steps %d to %d: %s", profile_steps.start, step, workdir / "profile")
 
         if done % config.log_every == 0 or done == last_step:
             logged = check_finite()
@@ -191,10 +212,16 @@ def train(
             writer.write(done, {f"eval/{name}": value for name, value in scores.items()})
             logging.info("step %d: %s", done, ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             clock, clock_step = time.monotonic(), done
-        if done % config.checkpoint_every == 0 or done == last_step:
+        if done % config.checkpoint_every == 0 or done == last_step or stopping:
             if pending:
                 check_finite()  # what is not finite is not saved
             checkpoints.save(done, state, json.loads(config.to_json()))
+        if stopping:
+            checkpoints.close()
+            writer.close()
+            raise StoppedError(
+                f"told to stop: {checkpoints.directory}/{done} is saved, the same command goes on from there"
+            )
 
     # ------------------------------------------------------------------------------------------- end
     checkpoints.close()
@@ -240,6 +267,11 @@ def _define_flags() -> None:
         None,
         "Stop (with a checkpoint) when this many steps are done; the schedule stays that of the config.",
     )
+    flags.DEFINE_list(
+        "profile_steps",
+        None,
+        "First step and the one behind the last, for example 10,13: a trace of them goes to profile/ in the workdir.",
+    )
     flags.DEFINE_bool(
         "compile_only",
         False,
@@ -250,8 +282,6 @@ def _define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    if jax.process_count() > 1:
-        logging.info("process %d of %d", jax.process_index(), jax.process_count())
     nnx.use_eager_sharding(False)
     with stop_with_message(
         NonFiniteLossError,
@@ -267,7 +297,37 @@ def main(_: list[str]) -> None:
         else:
             if not flags.FLAGS.workdir:
                 raise ValueError("give the folder of the run with --workdir")
-            train(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.stop_after)
+            join_hosts()
+            if jax.process_count() > 1:
+                logging.info("process %d of %d", jax.process_index(), jax.process_count())
+            profile_steps = parse_profile_steps(flags.FLAGS.profile_steps)
+            try:
+                with StopRequest() as stop:
+                    train(
+                        flags.FLAGS.config,
+                        flags.FLAGS.workdir,
+                        flags.FLAGS.stop_after,
+                        profile_steps=profile_steps,
+                        should_stop=stop.at,
+                    )
+            except StoppedError as stopped:
+                logging.info("%s", stopped)
+                sys.exit(STOPPED_STATUS)
+
+
+def parse_profile_steps(values: Sequence[str] | None) -> range:
+    """The steps of `--profile_steps 10,13`: 10, 11 and 12.
+
+    Raises:
+      ValueError: not two whole numbers in order.
+    """
+    if not values:
+        return range(0)
+    if len(values) != 2 or not all(value.strip().isdigit() for value in values) or int(values[0]) >= int(values[1]):
+        raise ValueError(
+            f"--profile_steps={','.join(values)} must be the first step and the one behind the last: 10,13"
+        )
+    return range(*map(int, values))
 
 
 def _compile_only(config: ml_collections.ConfigDict, topology: str) -> None:

@@ -80,7 +80,7 @@ def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def prepare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
-    """Creates the folder, or checks that it belongs to the same experiment; writes config.json.
+    """Creates the folder, or checks that it belongs to the same experiment; the first host writes config.json.
 
     Raises:
       WorkdirError: the folder was trained with other settings.
@@ -101,8 +101,9 @@ def prepare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
                 + "\n  ".join(differing)
                 + "\nTrain into another --workdir, or give the settings it began with."
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(config_to_json(config))
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(config_to_json(config))
 
 
 def _git_revision() -> str:
@@ -123,6 +124,8 @@ def write_manifest(workdir: epath.PathLike, *, seed: int, data: dict[str, str], 
       data: split -> fingerprint of its records.
       step: where this start takes up the run.
     """
+    if jax.process_index():
+        return
     path = epath.Path(workdir) / "manifest.json"
     starts = json.loads(path.read_text())["starts"] if path.exists() else []
     starts.append(
@@ -145,10 +148,14 @@ def write_manifest(workdir: epath.PathLike, *, seed: int, data: dict[str, str], 
 class MetricWriter:
     """Scalars to metrics.jsonl and TensorBoard; a resumed run takes back what lies behind its checkpoint.
 
-    TensorBoard files are written to local folders only; metrics.jsonl also to buckets.
+    TensorBoard files are written to local folders only; metrics.jsonl also to buckets. Of several hosts, which all have
+    the same numbers, the first one writes.
     """
 
     def __init__(self, workdir: epath.PathLike, first_step: int):
+        self._silent = jax.process_index() != 0
+        if self._silent:
+            return
         self._path = epath.Path(workdir) / "metrics.jsonl"
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         # A killed process may leave half a line at the end.
@@ -162,6 +169,8 @@ class MetricWriter:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line in each; `step` counts finished steps."""
+        if self._silent:
+            return
         self._lines.append(json.dumps({"step": step, **values}))
         if self._remote:  # objects in a bucket cannot be appended to
             self._path.write_text("".join(line + "\n" for line in self._lines))
@@ -173,5 +182,5 @@ class MetricWriter:
 
     def close(self) -> None:
         """Writes out what TensorBoard's writer still holds."""
-        if self._tensorboard:
+        if not self._silent and self._tensorboard:
             self._tensorboard.close()

@@ -1,15 +1,23 @@
 """Fixtures of the whole suite: where golden data is, and shapes checked at run time."""
 
+import atexit
 import importlib
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation of programs that run for milliseconds.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests and the processes they start compile the same programs again and again: once is enough.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pop3d_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 # Workers of the input pipeline and command tests inherit this: no telemetry, no hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -111,18 +119,14 @@ def small_config(small_records: Path, tiny_clip_folder: Path) -> ml_collections.
 
 
 @pytest.fixture(scope="session")
-def small_train(
-    small_records: Path, tiny_clip_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., subprocess.Popen]:
+def small_train(small_records: Path, tiny_clip_folder: Path) -> Callable[..., subprocess.Popen]:
     """Starts the training command of the small experiment in a process of its own: `small_train(workdir, *flags)`."""
-    # Several processes compile the same program: once is enough.
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compilation_cache"))}
 
-    def start(workdir: Path, *more: str) -> subprocess.Popen:
+    def start(workdir: Path, *more: str, environment: Mapping[str, str] = MappingProxyType({})) -> subprocess.Popen:
         fields = [f"--config.{name}={value}" for name, value in small_fields(small_records, tiny_clip_folder).items()]
         command = [sys.executable, "-m", "pop3d_jax.train", "--config=configs/demo.py", f"--workdir={workdir}"]
         return subprocess.Popen(
-            [*command, *fields, *more], cwd=_PROJECT, env=environment, stderr=subprocess.PIPE, text=True
+            [*command, *fields, *more], cwd=_PROJECT, env=os.environ | environment, stderr=subprocess.PIPE, text=True
         )
 
     return start

@@ -22,12 +22,14 @@ from pop3d_jax.teacher import load_teacher
 from pop3d_jax.workdir import config_from_json
 
 STEPS = 5
-MESHES = ((1, 1), (8, 1), (4, 2), (2, 3), (1, 6))
-# After this many steps on the first of these meshes, training goes on on the second one.
-MOVED_AT, MOVED = 2, ((4, 2), (2, 3))
+MOVED_AT = 2
 
 
-def main(config_file: str, out: str, checkpoint_folder: str) -> None:
+def parse(meshes: str) -> list[tuple[int, int]]:
+    return [tuple(int(size) for size in mesh.split("x")) for mesh in meshes.split(",")]
+
+
+def main(config_file: str, out: str, checkpoint_folder: str, meshes: str, moved: str = "") -> None:
     config = config_from_json(Path(config_file).read_text())
     source = RecordSource(config.data.records, "train")
     settings = example_settings(config, training=True)
@@ -52,7 +54,7 @@ def main(config_file: str, out: str, checkpoint_folder: str) -> None:
             losses.append(float(metrics["total"]))
         return state, losses
 
-    for shape in MESHES:
+    for shape in parse(meshes):
         name = "x".join(map(str, shape))
         mesh = make_mesh(*shape, jax.devices()[: shape[0] * shape[1]])
         config.mesh.shard_optimizer = shape != (1, 1)
@@ -74,18 +76,19 @@ def main(config_file: str, out: str, checkpoint_folder: str) -> None:
         for field in ("occupancy", "voxels_all", "points"):
             arrays[f"{name}/confusion_{field}"] = getattr(results, field)
 
-    config.mesh.shard_optimizer = True
-    first, second = (make_mesh(*shape, jax.devices()[: shape[0] * shape[1]]) for shape in MOVED)
-    program = prepared(first)
-    start = jax.device_put(initial_state(parameters, statistics, program.optimizer), program.shardings)
-    state, losses = run(program, first, start, batches[:MOVED_AT])
-    checkpoints = Checkpoints(checkpoint_folder)
-    checkpoints.save(MOVED_AT, state, json.loads(config.to_json()))
-    checkpoints.wait()
-    program = prepared(second)
-    state = checkpoints.restore(program.abstract_state, program.shardings)
-    _, rest = run(program, second, state, batches[MOVED_AT:])
-    arrays["moved/losses"] = np.array(losses + rest)
+    if moved:
+        config.mesh.shard_optimizer = True
+        first, second = (make_mesh(*shape, jax.devices()[: shape[0] * shape[1]]) for shape in parse(moved))
+        program = prepared(first)
+        start = jax.device_put(initial_state(parameters, statistics, program.optimizer), program.shardings)
+        state, losses = run(program, first, start, batches[:MOVED_AT])
+        checkpoints = Checkpoints(checkpoint_folder)
+        checkpoints.save(MOVED_AT, state, json.loads(config.to_json()))
+        checkpoints.wait()
+        program = prepared(second)
+        state = checkpoints.restore(program.abstract_state, program.shardings)
+        _, rest = run(program, second, state, batches[MOVED_AT:])
+        arrays["moved/losses"] = np.array(losses + rest)
     np.savez(out, **arrays)
 
 

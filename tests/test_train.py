@@ -13,7 +13,7 @@ import pytest
 from pop3d_jax.checkpoint import Checkpoints
 from pop3d_jax.experiment import make_student, restored_parts
 from pop3d_jax.sharding import make_mesh, replicated
-from pop3d_jax.train import NonFiniteLossError, train
+from pop3d_jax.train import NonFiniteLossError, parse_profile_steps, train
 from pop3d_jax.workdir import WorkdirError
 
 
@@ -27,6 +27,42 @@ def finish(process):
     _, log = process.communicate(timeout=400)
     assert process.returncode == 0, log
     return log
+
+
+def test_a_run_told_to_stop_saves_the_step_under_way_and_goes_on(tmp_path, small_run, small_train, small_config):
+    workdir = tmp_path / "preempted"
+    # No checkpoint is due before the end: what there is was saved because of the signal.
+    preempted = small_train(workdir, "--config.checkpoint_every=100")
+    log = ""
+    while "step 2:" not in log:
+        line = preempted.stderr.readline()
+        assert line, log
+        log += line
+    preempted.send_signal(signal.SIGTERM)
+    rest = preempted.communicate(timeout=300)[1]
+    assert preempted.returncode == 128 + signal.SIGTERM, rest
+    stopped_at = Checkpoints(workdir / "checkpoints", read_only=True).latest_step()
+    assert 2 <= stopped_at < 8
+    assert f"checkpoints/{stopped_at} is saved, the same command goes on from there" in rest
+    assert f"resuming from the checkpoint of step {stopped_at}" in finish(small_train(workdir))
+    step, restored = final_state(workdir, small_config)
+    expected_step, expected = final_state(small_run, small_config)
+    assert step == expected_step
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+
+
+def test_a_trace_of_the_steps_asked_for(tmp_path, small_config):
+    small_config.eval_every = 0
+    train(small_config, tmp_path, stop_after=3, profile_steps=range(1, 3))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("values", [["3"], ["3", "3"], ["1", "x"], ["1", "2", "3"]])
+def test_profile_steps_that_are_no_span_are_refused(values):
+    with pytest.raises(ValueError, match=f"--profile_steps={','.join(values)} must be"):
+        parse_profile_steps(values)
+    assert parse_profile_steps(["10", "13"]) == range(10, 13)
+    assert not parse_profile_steps(None)
 
 
 def test_a_run_killed_in_the_middle_ends_where_an_unbroken_one_does(tmp_path, small_run, small_train, small_config):
