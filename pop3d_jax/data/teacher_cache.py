@@ -100,6 +100,14 @@ def encode_features(sample_token: str, features: Float[np.ndarray, "points dim"]
     return canonical_record(_features(dtype, features.shape[1]).serialize_example(example))
 
 
+def decode_features(record: bytes, dtype: str, dim: int) -> Float[np.ndarray, "points dim"]:
+    """The inverse of `encode_features`: float16 as stored, float32 from int8."""
+    example = _features(dtype, dim).deserialize_example_np(record)
+    if dtype == "int8":
+        return example["features"] * example["scale"][:, None]
+    return example["features"]
+
+
 class TeacherCache:
     """Random access to the cached features of one split, key frame by key frame as in its `RecordSource`."""
 
@@ -153,12 +161,9 @@ class TeacherCache:
             with path.open("rb") as opened:
                 opened.seek(offset)
                 serialized = unframe_record(opened.read(length))
-            example = _features(self.index.dtype, self.index.feature_dim).deserialize_example_np(serialized)
+            return decode_features(serialized, self.index.dtype, self.index.feature_dim)
         except Exception as error:  # protobuf, TFDS and the file system each raise their own
             raise RecordError(
                 f"{path} at byte {offset} (sample {token}): {error}; delete this shard and run "
                 "data_prep.teacher_features again"
             ) from error
-        if self.index.dtype == "int8":
-            return example["features"] * example["scale"][:, None]
-        return example["features"]

@@ -11,7 +11,13 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from pop3d_jax.models.layers import dropout, xavier_uniform
 from pop3d_jax.models.tpv_geometry import PlaneViews, cell_centres
-from pop3d_jax.ops.deformable_attention import Implementation, SpatialShapes, deformable_attention
+from pop3d_jax.ops.deformable_attention import (
+    Implementation,
+    SpatialShapes,
+    attend_prepared,
+    deformable_attention,
+    prepare_values,
+)
 from pop3d_jax.sharding import per_device, sum_over_views
 
 # The hybrid attention's queue holds the same queries twice, each copy with its own samples.
@@ -205,13 +211,15 @@ def _attend_views(
     needed = view.hit.sum(-1).max()
     per_anchor = weights.shape[-1] // view.anchors.shape[-2]
 
+    prepared = prepare_values(values, spatial_shapes, implementation)
+
     def attend(chosen: Array) -> Array:
         chosen_offsets = jax.vmap(lambda x, i: x[i])(offsets, chosen)
         chosen_weights = jax.vmap(lambda x, i: x[i])(weights, chosen)
         anchors = jax.vmap(jax.vmap(lambda x, i: x[i]))(view.anchors, chosen)
         anchors = jnp.repeat(anchors, per_anchor, axis=-2)[..., None, None, :, :]
-        result = deformable_attention(
-            values, spatial_shapes, anchors + chosen_offsets, chosen_weights, implementation=implementation
+        result = attend_prepared(
+            prepared, spatial_shapes, anchors + chosen_offsets, chosen_weights, implementation=implementation
         )
         return result.reshape(batch, camera, size, -1)
 

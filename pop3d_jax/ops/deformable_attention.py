@@ -1,16 +1,21 @@
 """Multi-scale deformable attention: every query reads a few weighted bilinear samples of several feature maps.
 
-Two implementations of one function, tested against each other:
+Four implementations of one function, tested against each other:
 
+* ``reference``: the definition, all samples at once. Short, and hungry for memory.
 * ``gather``: one row gather per sample corner. The rows are read a few samples at a time and summed on the
   spot, so no array of size queries x samples x channels ever exists, neither forward nor backward.
+* ``packed``: the same with the four corners of every texel side by side in one row: a quarter of the gathers, rows
+  four times as long (with 32 channels a head they fill the 128 lanes of a TPU, which pads them to that anyway).
 * ``matmul``: the samples become a sparse [queries, height x width] matrix that multiplies the map. No gather
   and no scatter, many more multiplications: for accelerators whose gathers are slow, or for tiny maps.
 
-Both keep the batch axes as axes of one program, so that they may be sharded.
+All keep the batch axes as axes of one program, so that they may be sharded. `benchmarks/deformable_attention.py` tells
+what each costs.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -18,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-Implementation = Literal["gather", "matmul"]
+Implementation = Literal["reference", "gather", "packed", "matmul"]
 SpatialShapes = tuple[tuple[int, int], ...]
 
-# Sample corners read per step of the gather loop. More only costs memory; fewer makes the loop the cost.
+# Corners read per step of the gather loop. More only costs memory; fewer makes the loop the cost.
 _GROUP = 8
 
 
@@ -55,19 +60,94 @@ def deformable_attention(
             f"spatial_shapes {spatial_shapes} must describe the {tokens} tokens of values and the {levels} levels "
             "of sampling_locations"
         )
-    per_item = {"gather": _attend_by_gather, "matmul": _attend_by_matmul}.get(implementation)
-    if per_item is None:
-        raise ValueError(f"unknown implementation {implementation!r} of deformable_attention")
-    attend = functools.partial(per_item, spatial_shapes)
-    batch = values.shape[:-3]
+    prepared = prepare_values(values, spatial_shapes, implementation)
+    return attend_prepared(
+        prepared, spatial_shapes, sampling_locations, attention_weights, implementation=implementation
+    )
+
+
+def prepare_values(
+    values: Float[Array, "*batch tokens heads channels"], spatial_shapes: SpatialShapes, implementation: Implementation
+) -> Float[Array, "*batch rows heads row_channels"]:
+    """What an implementation reads: the values themselves, or their corners packed. Once for many queries."""
+    if implementation != "packed":
+        return values
+    start, packed = 0, []
+    for height, width in spatial_shapes:
+        level = values[..., start : start + height * width, :, :]
+        level = level.reshape(*values.shape[:-3], height, width, *values.shape[-2:])
+        frame = [(0, 0)] * len(values.shape[:-3]) + [(1, 1), (1, 1), (0, 0), (0, 0)]
+        level = jnp.pad(level, frame)
+        above, below = level[..., :-1, :, :, :], level[..., 1:, :, :, :]
+        corners = [rows[..., side, :, :] for rows in (above, below) for side in (slice(None, -1), slice(1, None))]
+        level = jnp.concatenate(corners, axis=-1)
+        packed.append(level.reshape(*values.shape[:-3], -1, *level.shape[-2:]))
+        start += height * width
+    return jnp.concatenate(packed, axis=-3)
+
+
+def attend_prepared(
+    prepared: Float[Array, "*batch rows heads row_channels"],
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Float[Array, "*batch queries heads levels points 2"],
+    attention_weights: Float[Array, "*batch queries heads levels points"],
+    *,
+    implementation: Implementation,
+) -> Float[Array, "*batch queries heads channels"]:
+    """`deformable_attention` of values from `prepare_values`.
+
+    Raises:
+        ValueError: an unknown implementation.
+    """
+    if implementation not in _PER_ITEM:
+        raise ValueError(f"unknown implementation {implementation!r} of deformable_attention: not in {list(_PER_ITEM)}")
+    attend = functools.partial(_PER_ITEM[implementation], spatial_shapes)
+    batch = prepared.shape[:-3]
     # Batch axes of size 1 are left out of the program: XLA's CPU backend (jax 0.10.2) has compiled gradients of
     # the gather loop, batched over one such axis and a larger one, to a program that crashes.
     real = tuple(n for n in batch if n != 1)
     for _ in real:
         attend = jax.vmap(attend)
-    arguments = (values, sampling_locations.astype(jnp.float32), attention_weights.astype(jnp.float32))
+    arguments = (prepared, sampling_locations.astype(jnp.float32), attention_weights.astype(jnp.float32))
     result = attend(*(x.reshape(real + x.shape[len(batch) :]) for x in arguments))
-    return result.reshape(batch + result.shape[len(real) :]).astype(values.dtype)
+    return result.reshape(batch + result.shape[len(real) :]).astype(prepared.dtype)
+
+
+def _attend_reference(
+    spatial_shapes: SpatialShapes,
+    values: Float[Array, "tokens heads channels"],
+    locations: Float[Array, "queries heads levels points 2"],
+    weights: Float[Array, "queries heads levels points"],
+) -> Float[Array, "queries heads channels"]:
+    """One item, by the definition."""
+    total = jnp.float32(0.0)
+    start = 0
+    head = jnp.arange(locations.shape[1])[:, None]
+    for level, (height, width) in enumerate(spatial_shapes):
+        near_x, share_x = _split(_texel(locations[:, :, level, :, 0], width))
+        near_y, share_y = _split(_texel(locations[:, :, level, :, 1], height))
+        for y, weight_y in ((near_y, 1 - share_y), (near_y + 1, share_y)):
+            for x, weight_x in ((near_x, 1 - share_x), (near_x + 1, share_x)):
+                inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+                token = start + jnp.clip(y, 0, height - 1) * width + jnp.clip(x, 0, width - 1)
+                rows = values[token, head].astype(jnp.float32)
+                coefficient = weights[:, :, level] * jnp.where(inside, weight_x * weight_y, 0.0)
+                total += jnp.einsum("qhp,qhpc->qhc", coefficient, rows, precision="highest")
+        start += height * width
+    return total
+
+
+def _near(
+    spatial_shapes: SpatialShapes,
+    locations: Float[Array, "queries heads levels points 2"],
+    weights: Float[Array, "queries heads levels points"],
+) -> tuple[Array, Array, Array, np.ndarray]:
+    """Samples outermost: [xy, level, point, query x head] upper left texel and fraction, weights, sizes of levels."""
+    height, width = np.array(spatial_shapes, np.int32).T[:, :, None, None]
+    size = np.stack([width, height])
+    locations = jnp.transpose(locations, (4, 2, 3, 0, 1)).reshape(2, *locations.shape[2:4], -1)
+    weights = jnp.transpose(weights, (2, 3, 0, 1)).reshape(locations.shape[1:])
+    return *_split(_texel(locations, size)), weights, size
 
 
 def _attend_by_gather(
@@ -76,27 +156,45 @@ def _attend_by_gather(
     locations: Float[Array, "queries heads levels points 2"],
     weights: Float[Array, "queries heads levels points"],
 ) -> Float[Array, "queries heads channels"]:
-    """One item: the four corners of every sample as rows of ``values`` with coefficients, samples outermost.
+    """One item: the four corners of every sample as rows of ``values`` with coefficients.
 
     All levels and corners are one array each: a loop over them would be the same work in many more operations.
     """
     queries, heads = locations.shape[:2]
-    height, width = np.array(spatial_shapes, np.int32).T[:, :, None, None]
+    near, fraction, weights, size = _near(spatial_shapes, locations, weights)
     start = np.cumsum([0] + [h * w for h, w in spatial_shapes[:-1]], dtype=np.int32)[:, None, None]
-    size = np.stack([width, height])
-    # [xy, level, point, query x head]
-    locations = jnp.transpose(locations, (4, 2, 3, 0, 1)).reshape(2, *locations.shape[2:4], -1)
-    weights = jnp.transpose(weights, (2, 3, 0, 1)).reshape(locations.shape[1:])
-    near, fraction = _split(_texel(locations, size))
     corner = jnp.stack([near, near + 1])
     share = jnp.where((corner >= 0) & (corner < size), jnp.stack([1.0 - fraction, fraction]), 0.0)
     column, line = jnp.moveaxis(jnp.clip(corner, 0, size - 1), 1, 0)
-    token = (start + line * width)[:, None] + column
+    token = (start + line * size[0])[:, None] + column
     rows = token * heads + jnp.tile(jnp.arange(heads, dtype=jnp.int32), queries)
     coefficients = weights * (share[:, 1][:, None] * share[:, 0])
     samples = (-1, queries * heads)
     table = values.reshape(-1, values.shape[-1])
-    result = _weighted_row_sum(table, rows.reshape(samples), coefficients.reshape(samples))
+    result = _weighted_row_sum(table, rows.reshape(samples), coefficients.reshape(1, *samples))
+    return result.reshape(queries, heads, -1)
+
+
+def _attend_by_packed_rows(
+    spatial_shapes: SpatialShapes,
+    packed: Float[Array, "rows heads row_channels"],
+    locations: Float[Array, "queries heads levels points 2"],
+    weights: Float[Array, "queries heads levels points"],
+) -> Float[Array, "queries heads channels"]:
+    """One item: every sample is one row that holds its four corners; the maps have a frame of zeros."""
+    queries, heads = locations.shape[:2]
+    near, fraction, weights, size = _near(spatial_shapes, locations, weights)
+    start = np.cumsum([0] + [(h + 1) * (w + 1) for h, w in spatial_shapes[:-1]], dtype=np.int32)[:, None, None]
+    touches = jnp.all((near >= -1) & (near < size), axis=0)
+    column, line = jnp.clip(near, -1, size - 1) + 1
+    cell = start + line * (size[0] + 1) + column
+    rows = cell * heads + jnp.tile(jnp.arange(heads, dtype=jnp.int32), queries)
+    x, y = fraction
+    shares = jnp.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x])
+    coefficients = jnp.where(touches, weights, 0.0) * shares
+    samples = (-1, queries * heads)
+    table = packed.reshape(-1, packed.shape[-1])
+    result = _weighted_row_sum(table, rows.reshape(samples), coefficients.reshape(4, *samples))
     return result.reshape(queries, heads, -1)
 
 
@@ -149,21 +247,28 @@ def _bilinear_row(position: Float[Array, "*shape"], size: int) -> Float[Array, "
 
 @jax.custom_vjp
 def _weighted_row_sum(
-    table: Float[Array, "rows channels"],
+    table: Float[Array, "rows row_channels"],
     index: Int[Array, "terms sums"],
-    coefficient: Float[Array, "terms sums"],
+    coefficient: Float[Array, "parts terms sums"],
 ) -> Float[Array, "sums channels"]:
-    """``sum_k coefficient[k] * table[index[k]]`` in float32, a few k at a time; indices must be in range."""
+    """``sum_pk coefficient[p, k] * part p of table[index[k]]`` in float32, a few k at a time; indices must be in range.
+
+    A row is ``parts`` vectors of ``channels``, one after the other.
+    """
+    parts = coefficient.shape[0]
+    channels = table.shape[1] // parts
 
     def add(total, group):
         group_index, group_coefficient = group
-        for k in range(_GROUP):
+        for k in range(group_index.shape[0]):
             row = table.at[group_index[k]].get(mode="promise_in_bounds").astype(jnp.float32)
-            total += group_coefficient[k][:, None] * row
+            for part in range(parts):
+                vector = row[:, part * channels : (part + 1) * channels]
+                total += group_coefficient[part, k][:, None] * vector
         return total, None
 
-    total = jnp.zeros((index.shape[1], table.shape[1]), jnp.float32)
-    return jax.lax.scan(add, total, (_grouped(index), _grouped(coefficient)))[0]
+    total = jnp.zeros((index.shape[1], channels), jnp.float32)
+    return jax.lax.scan(add, total, (_grouped(index, parts), _grouped_parts(coefficient)))[0]
 
 
 def _weighted_row_sum_forward(table, index, coefficient):
@@ -173,25 +278,43 @@ def _weighted_row_sum_forward(table, index, coefficient):
 def _weighted_row_sum_backward(saved, cotangent):
     """Reads the rows again instead of keeping them: what is saved are the arguments only."""
     table, index, coefficient = saved
+    parts, terms, sums = coefficient.shape
 
     def step(table_cotangent, group):
         group_index, group_coefficient = group
         rows = table.at[group_index].get(mode="promise_in_bounds").astype(jnp.float32)
-        coefficient_cotangent = jnp.einsum("ksc,sc->ks", rows, cotangent, precision="highest")
-        update = group_coefficient[..., None] * cotangent
+        rows = rows.reshape(*rows.shape[:2], parts, -1)
+        coefficient_cotangent = jnp.einsum("kspc,sc->pks", rows, cotangent, precision="highest")
+        update = jnp.moveaxis(group_coefficient, 0, -1)[..., None] * cotangent[:, None]
+        update = update.reshape(*group_index.shape, -1)
         return table_cotangent.at[group_index].add(update, mode="promise_in_bounds"), coefficient_cotangent
 
     table_cotangent, coefficient_cotangent = jax.lax.scan(
-        step, jnp.zeros(table.shape, jnp.float32), (_grouped(index), _grouped(coefficient))
+        step, jnp.zeros(table.shape, jnp.float32), (_grouped(index, parts), _grouped_parts(coefficient))
     )
-    coefficient_cotangent = coefficient_cotangent.reshape(-1, index.shape[1])[: index.shape[0]]
+    coefficient_cotangent = jnp.moveaxis(coefficient_cotangent, 1, 0).reshape(parts, -1, sums)[:, :terms]
     return table_cotangent.astype(table.dtype), None, coefficient_cotangent
 
 
 _weighted_row_sum.defvjp(_weighted_row_sum_forward, _weighted_row_sum_backward)
 
 
-def _grouped(terms: Array) -> Array:
-    """[terms, sums] -> [groups, _GROUP, sums], padded with index 0 or coefficient 0 (which add nothing)."""
-    padded = jnp.pad(terms, ((0, -terms.shape[0] % _GROUP), (0, 0)))
-    return padded.reshape(-1, _GROUP, terms.shape[1])
+def _grouped(terms: Array, parts: int) -> Array:
+    """[terms, sums] -> [steps, terms of a step, sums], padded with index 0 or coefficient 0 (which add nothing)."""
+    size = max(_GROUP // parts, 1)
+    padded = jnp.pad(terms, ((0, -terms.shape[0] % size), (0, 0)))
+    return padded.reshape(-1, size, terms.shape[1])
+
+
+def _grouped_parts(coefficient: Array) -> Array:
+    """[parts, terms, sums] -> [steps, parts, terms of a step, sums]."""
+    parts = coefficient.shape[0]
+    return jnp.moveaxis(jax.vmap(lambda terms: _grouped(terms, parts))(coefficient), 0, 1)
+
+
+_PER_ITEM: dict[str, Callable[..., Array]] = {
+    "reference": _attend_reference,
+    "gather": _attend_by_gather,
+    "packed": _attend_by_packed_rows,
+    "matmul": _attend_by_matmul,
+}

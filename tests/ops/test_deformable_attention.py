@@ -1,13 +1,15 @@
 """Deformable attention: the official numbers, and the implementations against each other."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pop3d_jax.ops.deformable_attention import deformable_attention
+from pop3d_jax.ops.deformable_attention import Implementation, deformable_attention
 
-IMPLEMENTATIONS = ("gather", "matmul")
+IMPLEMENTATIONS = get_args(Implementation)
 
 
 def _random_case(seed, batch=(2, 3), queries=5, heads=2, points=3, channels=4, shapes=((3, 5), (1, 2), (1, 1))):
@@ -64,7 +66,8 @@ def test_shapes_that_do_not_fit_are_refused(shapes):
         deformable_attention(values, shapes, locations, weights)
 
 
-def test_no_array_of_queries_by_samples_by_channels_exists():
+@pytest.mark.parametrize("implementation", ["gather", "packed"])
+def test_no_array_of_queries_by_samples_by_channels_exists(implementation):
     """The largest intermediate of forward and backward stays far below all sampled rows together."""
     shapes = ((16, 16), (8, 8))
     _, values, locations, weights = _random_case(
@@ -72,7 +75,7 @@ def test_no_array_of_queries_by_samples_by_channels_exists():
     )
 
     def total(values, locations, weights):
-        return (deformable_attention(values, shapes, locations, weights, implementation="gather") ** 2).sum()
+        return (deformable_attention(values, shapes, locations, weights, implementation=implementation) ** 2).sum()
 
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(values, locations, weights).compile()
     all_rows = weights.size * 4 * values.shape[-1] * 4
