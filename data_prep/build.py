@@ -45,6 +45,7 @@ def _build() -> int:
         flags.FLAGS.out,
         skip_errors=flags.FLAGS.on_error == "skip",
         workers=flags.FLAGS.workers,
+        beam_options=flags.FLAGS.beam_option if flags.FLAGS.runner == "beam" else None,
     )
     size = sum(shard.bytes for shard in index.shards)
     count = sum(len(shard.offsets) for shard in index.shards)
@@ -71,6 +72,13 @@ def _define_flags() -> None:
         "on_error", "stop", ["stop", "skip"], "A key frame that cannot be read: stop, or leave it out and report it."
     )
     flags.DEFINE_integer("workers", os.cpu_count(), "Processes; each works on one scene.", lower_bound=1)
+    flags.DEFINE_enum("runner", "local", ["local", "beam"], "Processes of this machine, or an Apache Beam pipeline.")
+    flags.DEFINE_multi_string(
+        "beam_option",
+        [],
+        "With --runner=beam, an option of Beam, for example --beam_option=--runner=DataflowRunner; may be repeated. "
+        "None: the pipeline runs in this process.",
+    )
     flags.DEFINE_bool("check", False, "Verify the records in --out (of --split, or all) instead of building.")
 
 

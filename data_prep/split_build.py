@@ -5,11 +5,12 @@ import functools
 import json
 import os
 import time
+from collections.abc import Sequence
 
 from absl import logging
 from etils import epath
 
-from data_prep import parallel, splits
+from data_prep import beam, parallel, splits
 from data_prep.nuscenes_builder import SceneShard, shard_path, write_metadata
 from data_prep.nuscenes_tables import SplitTables, read_tables, tables_fingerprint
 from data_prep.table_rows import SourceError
@@ -30,7 +31,14 @@ class BuildError(ValueError):
 
 
 def build_split(
-    source: epath.PathLike, version: str, split: str, out: epath.PathLike, *, skip_errors: bool, workers: int
+    source: epath.PathLike,
+    version: str,
+    split: str,
+    out: epath.PathLike,
+    *,
+    skip_errors: bool,
+    workers: int,
+    beam_options: Sequence[str] | None = None,
 ) -> SplitIndex:
     """Builds one split.
 
@@ -42,6 +50,7 @@ def build_split(
       skip_errors: leave out key frames that cannot be read. They are listed in the index and in
         build_report.json; a later build without this option tries them again.
       workers: number of processes; the records do not depend on it.
+      beam_options: build as an Apache Beam pipeline with these options instead; the records are the same.
 
     Returns:
       The index of the finished split.
@@ -85,7 +94,15 @@ def build_split(
     work = [(shard, path) for shard, path in zip(shards, paths, strict=True) if indexes[path] is None]
     if len(work) < len(shards):
         logging.info("Going on: %d of %d shards were finished before.", len(shards) - len(work), len(shards))
-    written = parallel.run(functools.partial(_write_shard, skip_errors=skip_errors), work, workers, f"building {split}")
+    write = functools.partial(_write_shard, skip_errors=skip_errors)
+    if beam_options is None:
+        written = parallel.run(write, work, workers, f"building {split}")
+    else:
+        beam.run(write, work, beam_options, f"building {split}")
+        # Workers may be other machines: what they wrote is read back.
+        written = [_finished_shard(path, skip_errors) for _, path in work]
+        if None in written:
+            raise BuildError(f"{work[written.index(None)][1]} was not written though the pipeline ended: see its log")
     indexes.update({path: index for (_, path), index in zip(work, written, strict=True)})
     return _finish(folder, SplitIndex(SCHEMA_VERSION, version, fingerprint, split, list(indexes.values())), tables)
 

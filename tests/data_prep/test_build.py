@@ -87,6 +87,28 @@ def test_a_root_without_labels_builds(tmp_path, out):
     assert check_records(out, None, 1)[0].labelled == 0
 
 
+def test_a_beam_pipeline_writes_the_same_bytes(root, out, tmp_path):
+    pytest.importorskip("apache_beam", reason="needs the extra: pip install 'pop3d-jax[beam]'")
+    _build(root, out)
+    command = [*_flags(root, tmp_path / "beam"), "--runner=beam", "--beam_option=--runner=DirectRunner"]
+    assert _run(command).returncode == 0
+    names = sorted(path.name for path in out.iterdir() if path.is_file())
+    assert any(".tfrecord-" in name for name in names)
+    assert names == sorted(path.name for path in (tmp_path / "beam").iterdir() if path.is_file())
+    for name in names:
+        if name not in ("build.json", "build_report.json"):
+            assert (out / name).read_bytes() == (tmp_path / "beam" / name).read_bytes(), name
+
+
+def test_an_error_on_a_beam_worker_names_token_and_file(root, tmp_path):
+    pytest.importorskip("apache_beam", reason="needs the extra: pip install 'pop3d-jax[beam]'")
+    path = root.file("CAM_BACK")
+    path.unlink()
+    done = _run([*_flags(root, tmp_path / "beam"), "--runner=beam"])
+    assert done.returncode == 1
+    assert path.name in done.stderr
+
+
 def test_the_records_do_not_depend_on_the_workers(root, out, tmp_path):
     _build(root, out, workers=1)
     _build(root, tmp_path / "other", workers=2)
