@@ -6,6 +6,7 @@ The networks have their published sizes and random weights (those of the authors
 float16 bytes depend on the weights. The official layout of features takes 45.3 MB a key frame, 1.55 TB in all.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -64,9 +65,8 @@ def main(_: list[str]) -> None:
     print(f"{'online':<10}{online:>10.2f} s")
     for dtype in DTYPES:
         record = encode_features(source.sample_tokens[0], features, dtype)
-        seconds, _ = median_seconds(
-            lambda record=record, dtype=dtype: decode_features(record, dtype, dim), _REPEATS.value
-        )
+        decode = functools.partial(decode_features, record, dtype, dim)
+        seconds, _ = median_seconds(decode, _REPEATS.value)
         print(
             f"{dtype:<10}{seconds:>10.4f} s {len(record) / 1e6:>8.2f} MB, "
             f"{len(record) * _KEY_FRAMES / 1e12:.2f} TB for {_KEY_FRAMES:,} key frames"

@@ -28,6 +28,8 @@ SpatialShapes = tuple[tuple[int, int], ...]
 
 # Corners read per step of the gather loop. More only costs memory; fewer makes the loop the cost.
 _GROUP = 8
+# Queries whose coefficient matrices exist at a time.
+_MATMUL_QUERIES = 128
 
 
 def deformable_attention(
@@ -204,19 +206,40 @@ def _attend_by_matmul(
     locations: Float[Array, "queries heads levels points 2"],
     weights: Float[Array, "queries heads levels points"],
 ) -> Float[Array, "queries heads channels"]:
-    """One item: per level the matrix of bilinear coefficients, then a product with the map."""
-    result = jnp.float32(0.0)
-    start = 0
-    for level, (height, width) in enumerate(spatial_shapes):
-        along_x = _bilinear_row(_texel(locations[:, :, level, :, 0], width), width)
-        along_y = _bilinear_row(_texel(locations[:, :, level, :, 1], height), height)
-        along_y = along_y * weights[:, :, level, :, None]
-        coefficients = jnp.einsum("qhpy,qhpx->hqyx", along_y, along_x, precision="highest")
-        feature_map = values[start : start + height * width].astype(jnp.float32)
-        coefficients = coefficients.reshape(coefficients.shape[:2] + (height * width,))
-        result += jnp.einsum("hqt,thc->qhc", coefficients, feature_map, precision="highest")
-        start += height * width
-    return result
+    """One item: per level the matrix of bilinear coefficients, then a product with the map, some queries at a time.
+
+    A sample's coefficients are the product of two triangles, along x and along y: their sum over the samples is a
+    matrix product, too. The matrices are made again in the backward pass, not remembered.
+    """
+
+    @jax.checkpoint
+    def attend(chunk):
+        locations, weights = chunk
+        result = jnp.float32(0.0)
+        start = 0
+        for level, (height, width) in enumerate(spatial_shapes):
+            along_x = _bilinear_row(_texel(locations[:, :, level, :, 0], width), width)
+            along_y = _bilinear_row(_texel(locations[:, :, level, :, 1], height), height)
+            along_y = along_y * weights[:, :, level, :, None]
+            coefficients = jnp.einsum("qhpy,qhpx->hqyx", along_y, along_x, precision="highest")
+            feature_map = values[start : start + height * width].astype(jnp.float32)
+            coefficients = coefficients.reshape(coefficients.shape[:2] + (height * width,))
+            result += jnp.einsum("hqt,thc->qhc", coefficients, feature_map, precision="highest")
+            start += height * width
+        return result
+
+    queries = locations.shape[0]
+    chunks = -(-queries // _MATMUL_QUERIES)
+    padding = chunks * _MATMUL_QUERIES - queries
+
+    def chunked(array: Array) -> Array:
+        padded = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
+        return padded.reshape(chunks, _MATMUL_QUERIES, *array.shape[1:])
+
+    if chunks == 1:
+        return attend((locations, weights))
+    results = jax.lax.map(attend, (chunked(locations), chunked(weights)))
+    return results.reshape(-1, *results.shape[2:])[:queries]
 
 
 def _texel(location: Float[Array, "*shape"], size: int | Int[np.ndarray, "..."]) -> Float[Array, "*shape"]:
