@@ -172,7 +172,7 @@ def _inference(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[Any, tupl
         output = merge_model(student.graph, parameters, statistics)(images, lidar_to_image)
         return output.occupancy_logits, output.voxel_features
 
-    settings = dataclasses.replace(example_settings(config, training=False))
+    settings = example_settings(config, training=False)
     batch = abstract_batch(settings, config.batch_size, mesh)
     arguments = (
         _whole(student.abstract_parameters, mesh),
@@ -275,5 +275,5 @@ def fits(programs: list[Compiled], topology: str) -> bool:
     return all(not program.refused and program.peak <= capacity for program in programs)
 
 
-def _size(count: float) -> str:
+def _size(count: float | int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

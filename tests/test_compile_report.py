@@ -1,0 +1,97 @@
+"""Programs for machines that are not there: shapes, what is said of them, and, where libtpu is, a real compilation."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from pop3d_jax import compile_report
+from pop3d_jax.compile_report import Compiled
+from pop3d_jax.data.pipeline import training_batches
+from pop3d_jax.data.records import RecordSource
+from pop3d_jax.experiment import example_settings
+from pop3d_jax.hlo_text import LargeArray
+from pop3d_jax.sharding import make_mesh
+from pop3d_jax.teacher import abstract_teacher, load_teacher
+
+
+def test_shapes_are_those_of_a_real_batch(small_config):
+    settings = example_settings(small_config, training=True)
+    source = RecordSource(small_config.data.records, "train")
+    real = next(training_batches(source, settings, batch_size=2, seed=0))
+    told = compile_report.abstract_batch(settings, 2, make_mesh())
+    assert set(told) <= set(real)
+    assert {"images", "teacher_images", "points", "feature_points", "lidar_to_image"} <= set(told)
+    for name, shape in told.items():
+        assert (shape.shape, shape.dtype) == (real[name].shape, real[name].dtype), name
+
+
+def test_an_abstract_teacher_has_the_shapes_of_the_loaded_one(small_config):
+    told, real = abstract_teacher(small_config.teacher), load_teacher(small_config.teacher)
+    assert told.feature_dim == real.feature_dim
+    shapes = [jax.tree.map(np.shape, teacher.parameters) for teacher in (told, real)]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_published_teachers_need_no_files(small_config):
+    small_config.teacher.path = "openai/clip-vit-base-patch16"
+    assert abstract_teacher(small_config.teacher).feature_dim == 512
+    small_config.teacher.name = "maskclip_plus"
+    assert abstract_teacher(small_config.teacher).feature_dim == 512
+    small_config.teacher.name, small_config.teacher.path = "maskclip", "somebody/clip"
+    with pytest.raises(FileNotFoundError, match="somebody/clip are not known here"):
+        abstract_teacher(small_config.teacher)
+
+
+def test_the_report_says_what_does_not_fit(small_config):
+    large = LargeArray(3 * 10**9, "f32[3,5]", "jit(step)/dot", "pop3d_jax/models/fpn.py:70")
+    fine = Compiled(
+        name="training step",
+        seconds=12.0,
+        arguments=10**9,
+        temporaries=14 * 10**9,
+        peak=15 * 10**9,
+        flops=2e12,
+        collectives={"all-reduce": (3, 10**8)},
+        largest=(large,),
+    )
+    refused = Compiled("inference step", 1.0, refused="Used 40.00G of 15.75G hbm.")
+    text = compile_report.format_report([fine, refused], "v5e:2x2", small_config)
+    assert "93.8 %" in text
+    assert "does not fit" in text
+    assert "Used 40.00G" in text
+    assert "3.00 GB  f32[3,5]" in text
+    assert compile_report.fits([fine], "v5e:2x2")
+    assert not compile_report.fits([fine, refused], "v5e:2x2")
+    assert not compile_report.fits([Compiled("x", 1.0, peak=17 * 10**9)], "v5e:2x2")
+
+
+def test_unknown_topologies_are_refused(small_config):
+    with pytest.raises(ValueError, match=r"--topology=v3:2x2: known are v5e, v5p, v6e"):
+        compile_report.topology_mesh("v3:2x2", small_config)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_the_extra_is_named(small_config):
+    with pytest.raises(ValueError, match=r"pip install 'pop3d-jax\[tpu\]'"):
+        compile_report.topology_mesh("v5e:2x2", small_config)
+
+
+@pytest.mark.slow
+def test_small_programs_compile_for_a_tpu_and_large_ones_are_refused(small_config):
+    pytest.importorskip("libtpu", reason="needs the extra: pip install 'pop3d-jax[tpu]'")
+    small_config.batch_size = 4
+    training, inference = programs = compile_report.compile_programs(small_config, "v5e:2x2")
+    assert compile_report.fits(programs, "v5e:2x2")
+    assert training.collectives["all-reduce"][0] >= 1
+    assert not inference.collectives
+    assert training.peak > training.arguments > 0
+    assert any(array.source.startswith("pop3d_jax/") for array in training.largest)
+    mesh = compile_report.topology_mesh("v5e:2x2", small_config)
+    with jax.set_mesh(mesh):
+        place = compile_report.replicated(mesh)
+        large = jax.ShapeDtypeStruct((10**10,), np.float32, sharding=place)
+        refused = compile_report._compiled("large", jax.jit(lambda x: x + 1), (large,))
+    assert refused.refused
+    assert not compile_report.fits([refused], "v5e:2x2")
