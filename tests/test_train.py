@@ -9,6 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from test_teacher import save_network
 
 from pop3d_jax.checkpoint import Checkpoints
 from pop3d_jax.experiment import make_student, restored_parts
@@ -117,6 +118,18 @@ def test_the_help_of_the_command_is_worth_reading():
     )
     assert "--config" in finished.stdout
     assert "resumes a run" in finished.stdout
+
+
+@pytest.mark.slow
+def test_maskclip_plus_teaches_in_the_step(tmp_path, small_config):
+    small_config.teacher.name = "maskclip_plus"
+    weights = save_network(tmp_path / "maskclip_plus.safetensors", small_config.model.feature_dim)
+    small_config.teacher.weights = str(weights)
+    small_config.batch_size, small_config.eval_every = 1, 0
+    logged = train(small_config, tmp_path / "run", stop_after=2)
+    assert np.isfinite(list(logged.values())).all()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len({row["train/feature"] for row in rows}) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_tokens(tmp_path, small_config):
