@@ -50,7 +50,7 @@ def make_mesh(data: int = -1, camera: int = 1, device_list: Sequence[jax.Device]
 
 
 def check_batch(batch_size: int, cameras: int, mesh: Mesh) -> None:
-    """Whether a batch and its views divide over a mesh.
+    """Whether a batch and its views divide over a mesh, and the mesh over the hosts.
 
     Raises:
       ValueError: they do not.
@@ -59,6 +59,11 @@ def check_batch(batch_size: int, cameras: int, mesh: Mesh) -> None:
         raise ValueError(
             f"config.batch_size = {batch_size} does not divide over the {mesh.shape['data']} devices of the mesh's "
             "data axis: change config.batch_size or config.mesh.data"
+        )
+    if mesh.shape["data"] % jax.process_count():
+        raise ValueError(
+            f"the mesh's data axis of {mesh.shape['data']} devices does not divide over {jax.process_count()} hosts, and "
+            "the views of one key frame cannot be spread over several: lower config.mesh.camera"
         )
     if cameras % mesh.shape["camera"]:
         raise ValueError(

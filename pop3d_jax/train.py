@@ -171,7 +171,7 @@ def train(
             check_finite()
         done = step + 1
         stopping = should_stop(step) and done < last_step
-        if done == profile_steps.stop and step in profile_steps:
+        if step in profile_steps and done in (profile_steps.stop, last_step):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             logging.info("trace of steps %d to %d: %s", profile_steps.start, step, workdir / "profile")
