@@ -62,7 +62,7 @@ def check_batch(batch_size: int, cameras: int, mesh: Mesh) -> None:
         )
     if mesh.shape["data"] % jax.process_count():
         raise ValueError(
-            f"the mesh's data axis of {mesh.shape['data']} devices does not divide over {jax.process_count()} hosts, and "
+            f"the mesh's data axis of {mesh.shape['data']} devices does not divide over {jax.process_count()} hosts; "
             "the views of one key frame cannot be spread over several: lower config.mesh.camera"
         )
     if cameras % mesh.shape["camera"]:

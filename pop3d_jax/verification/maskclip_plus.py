@@ -37,13 +37,13 @@ def tiny_network(golden_file: GoldenFile) -> Iterator[Check]:
         "aspp_dilations": info["aspp_dilations"],
     }
     yield exact("batch_norm_eps", np.asarray(EPSILON), np.asarray(info["batch_norm_eps"]))
-    sizes = _sizes(info["state_dict"])
+    sizes = inventory_sizes(info["state_dict"])
     texts = jnp.asarray(golden["text_embeddings"])
     for run in sorted({key.rsplit("/", 1)[0] for key in golden if key.startswith("depth")}):
         depth, size = re.fullmatch(r"depth(\d+)/(\d+x\d+)", run).groups()
-        network = _network(weight, sizes | {"depth": int(depth)}, settings)
+        network = reference_network(weight, sizes | {"depth": int(depth)}, settings)
         pictures = golden[f"image/{size}"]
-        maps = nnx.jit(_intermediates)(network, jnp.asarray(np.moveaxis(pictures, 1, -1)))
+        maps = nnx.jit(intermediates)(network, jnp.asarray(np.moveaxis(pictures, 1, -1)))
         maps["logits"] = maps["features"] @ texts.T
         resizes = {"input_size": [pictures.shape[2:]]}
         resizes["original_size"] = [*resizes["input_size"], tuple(info["original_sizes"][size])]
@@ -70,10 +70,10 @@ def full_width(golden_file: GoldenFile) -> Iterator[Check]:
     inventory = golden_json(golden_file(f"{_FOLDER}/full_state_dict_inventory.json"))
     weight = reference_weights(golden_file, _FOLDER).reference_weight
     crop = jnp.asarray(golden["crop_rgb_uint8"])
-    sizes = _sizes(inventory["state_dict"])
+    sizes = inventory_sizes(inventory["state_dict"])
     for run in sorted({key.split("/")[0] for key in golden if key.startswith("depth")}):
-        network = _network(weight, sizes | {"depth": int(run.removeprefix("depth"))}, {})
-        maps = nnx.jit(_intermediates)(network, normalise(crop)[None])
+        network = reference_network(weight, sizes | {"depth": int(run.removeprefix("depth"))}, {})
+        maps = nnx.jit(intermediates)(network, normalise(crop)[None])
         for layer in [name for name in maps if f"{run}/{name}" in golden]:
             key, values = f"{run}/{layer}", np.asarray(maps[layer][0])
             tolerance = NOISE_FACTOR * noise[key]["max_abs"]
@@ -88,19 +88,26 @@ def full_width(golden_file: GoldenFile) -> Iterator[Check]:
             yield absolute(key, np.array(found), golden[key], tolerance)
 
 
-def _sizes(inventory: Iterable[Sequence[Any]]) -> dict[str, int]:
+def inventory_sizes(inventory: Iterable[Sequence[Any]]) -> dict[str, int]:
     """Sizes of a network, told from names and shapes alone: the arrays take no memory."""
     return network_sizes({key: np.broadcast_to(np.float32(1), shape) for key, shape, *_ in inventory})
 
 
-def _network(
+def reference_network(
     weight: Callable[..., np.ndarray], sizes: Mapping[str, int], settings: Mapping[str, Sequence[int]]
 ) -> DeepLabV2:
+    """A network whose weights are the golden set's own.
+
+    Args:
+      weight: array of an official name and shape, see `reference_weights`.
+      sizes: from `inventory_sizes`.
+      settings: further arguments of `DeepLabV2`.
+    """
     shapes = official_shapes(nnx.eval_shape(lambda: DeepLabV2(**sizes, **settings, rngs=nnx.Rngs(0))))
     return network_from_state_dict({key: weight(key, shape) for key, shape in shapes.items()}, **settings)
 
 
-def _intermediates(network: DeepLabV2, images: Float[Array, "image height width 3"]) -> dict[str, jax.Array]:
+def intermediates(network: DeepLabV2, images: Float[Array, "image height width 3"]) -> dict[str, jax.Array]:
     """Every map that the golden sets have, by their names: the forward pass written out once more."""
     maps = {}
     x = images

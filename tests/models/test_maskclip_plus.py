@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from official_weights import reference_weight_function
 from PIL import Image
 from safetensors.numpy import save_file
-from test_deeplab import NOISES, channels_first, intermediates, network_of, shapes_only
 
 from pop3d_jax.models.deeplab import DeepLabV2
 from pop3d_jax.models.maskclip_plus import (
@@ -25,8 +24,9 @@ from pop3d_jax.models.maskclip_plus import (
     resize_pictures,
     sample_resized,
 )
-from pop3d_jax.models.maskclip_plus_weights import load_network, network_sizes, official_shapes
+from pop3d_jax.models.maskclip_plus_weights import load_network, official_shapes
 from pop3d_jax.nuscenes import CAMERAS
+from pop3d_jax.verification.maskclip_plus import NOISE_FACTOR, intermediates, inventory_sizes, reference_network
 
 # A float16 keeps 11 bits.
 HALF = {"rtol": 2**-11, "atol": 1e-5}
@@ -68,14 +68,14 @@ def picture_of(golden_file):
 @pytest.fixture(scope="module")
 def official_sizes(golden_file):
     inventory = json.loads(golden_file("maskclip_plus/full_state_dict_inventory.json").read_text())
-    return network_sizes(shapes_only(inventory["state_dict"]))
+    return inventory_sizes(inventory["state_dict"])
 
 
 @pytest.fixture(scope="module")
 def official_network(golden_file, official_sizes):
     """The network of official widths with reference weights: 61 million numbers."""
     reference_weight = reference_weight_function(golden_file("maskclip_plus/reference_weights.py"))
-    return network_of(reference_weight, official_sizes["depth"], official_sizes)
+    return reference_network(reference_weight, official_sizes, {})
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,10 @@ def full_noise(info, official_sizes):
     prefix = f"depth{official_sizes['depth']}/"
     noise = info["crop_float32_minus_float64"]
     return {key.removeprefix(prefix): entry["max_abs"] for key, entry in noise.items() if key.startswith(prefix)}
+
+
+def channels_first(array):
+    return np.moveaxis(np.asarray(array), -1, -3)
 
 
 def sha256(array):
@@ -297,7 +301,7 @@ def test_full_picture_layer_by_layer(full, full_noise, resized_picture, official
     assert layers
     for layer in layers:
         found = channels_first(maps[layer])
-        tolerance = NOISES * full_noise[layer]
+        tolerance = NOISE_FACTOR * full_noise[layer]
         assert found.shape[1:] == tuple(full[f"{layer}/shape"][-3:])
         np.testing.assert_allclose(
             found[0][tuple(full[f"{layer}/positions"].T)],
@@ -308,7 +312,7 @@ def test_full_picture_layer_by_layer(full, full_noise, resized_picture, official
         )
         np.testing.assert_allclose(statistics(found), full[f"{layer}/stats"], rtol=0, atol=1e-5, err_msg=layer)
     features = maps["features"]
-    tolerance = NOISES * full_noise["features"]
+    tolerance = NOISE_FACTOR * full_noise["features"]
     found = channels_first(features)
     assert found.shape[1:] == tuple(full["feature_map/shape"][-3:])
     np.testing.assert_allclose(statistics(found), full["feature_map/stats"], rtol=0, atol=1e-5)
@@ -340,6 +344,6 @@ def test_official_features_of_real_points(golden_file, full, full_noise, officia
         image = jnp.asarray(picture_of(camera))[None]
         found = np.asarray(read(teacher, image, jnp.zeros(capacity, jnp.int32), jnp.asarray(shares)))[: len(pixel)]
         expected = full[f"points/{camera}/features"]
-        tolerance = NOISES * full_noise["features"]
+        tolerance = NOISE_FACTOR * full_noise["features"]
         np.testing.assert_allclose(found[: len(expected)], expected, rtol=0, atol=tolerance, err_msg=camera)
         np.testing.assert_allclose(found.mean(1), full[f"points/{camera}/all_mean_per_point"], rtol=0, atol=tolerance)
