@@ -32,7 +32,7 @@ def deformable_conv2d(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
-    implementation: Implementation = "taps",
+    implementation: str = "taps",
 ) -> Float[Array, "image out_height out_width out_channel"]:
     """A convolution whose taps are moved by `offset` and weighted by `mask`.
 
