@@ -28,6 +28,7 @@ def official(small_config):
     return model_to_state_dict(Pop3D(make_student(small_config).config, rngs=nnx.Rngs(7)))
 
 
+@pytest.mark.slow
 def test_official_weights_become_a_run_that_predicts_and_trains(official, small_config, small_records, tmp_path):
     workdir = tmp_path / "run"
     weights_to_workdir({f"module.{key}": value for key, value in official.items()}, small_config, workdir, "a.pth")

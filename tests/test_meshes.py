@@ -62,6 +62,7 @@ def assert_same(runs, mesh):
     assert runs[f"{mesh}/largest_share_of_optimizer"] == 1 / data
 
 
+@pytest.mark.slow
 def test_batch_and_views_over_eight_devices(run_on):
     assert_same(run_on("1x1,4x2"), "4x2")
 

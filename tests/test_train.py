@@ -52,6 +52,7 @@ def test_a_run_told_to_stop_saves_the_step_under_way_and_goes_on(tmp_path, small
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
 
 
+@pytest.mark.slow
 def test_a_trace_of_the_steps_asked_for(tmp_path, small_config):
     small_config.eval_every = 0
     train(small_config, tmp_path, stop_after=3, profile_steps=range(1, 3))
