@@ -49,7 +49,7 @@ class Compiled:
       name: "training step" or "inference step".
       seconds: how long compilation took here.
       arguments, outputs, aliased, temporaries, peak: bytes; `aliased` outputs lie in arguments' memory.
-      flops, bytes_accessed: of one execution, loops included as the compiler counts them; None where it does not say.
+      flops, bytes_accessed: the compiler's count, in which a loop's body counts once; None where it does not say.
       collectives: by kind, how many and the bytes of their results; inside loops once.
       largest: arrays in main memory.
       refused: the compiler's words where the program does not fit at all; all numbers are 0 then.
@@ -248,8 +248,8 @@ def format_report(programs: list[Compiled], topology: str, config: ml_collection
         ("outputs not in arguments", lambda p: _size(p.outputs - p.aliased)),
         ("peak", lambda p: _size(p.peak)),
         ("of the chip's memory", lambda p: f"{100 * p.peak / capacity:.1f} %"),
-        ("FLOPs", lambda p: "-" if p.flops is None else f"{p.flops / 1e12:.2f} T"),
-        ("bytes accessed", lambda p: "-" if p.bytes_accessed is None else _size(p.bytes_accessed)),
+        ("FLOPs, loop bodies once", lambda p: "-" if p.flops is None else f"{p.flops / 1e12:.2f} T"),
+        ("bytes, loop bodies once", lambda p: "-" if p.bytes_accessed is None else _size(p.bytes_accessed)),
     ]
     for label, value in rows:
         cells = ["does not fit" if program.refused else value(program) for program in programs]

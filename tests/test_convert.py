@@ -61,6 +61,7 @@ def run_command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_command_both_ways(official, small_config, small_run, tmp_path):
     file = tmp_path / "weights.safetensors"
     there = run_command("--to_torch", file, "--workdir", small_run)
