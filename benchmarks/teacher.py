@@ -22,7 +22,7 @@ from pop3d_jax.data.records import RecordSource
 from pop3d_jax.data.teacher_cache import DTYPES, decode_features, encode_features
 from pop3d_jax.teacher import Teacher, abstract_teacher
 
-_RECORDS = flags.DEFINE_string("records", None, "folder of the records", required=True)
+_RECORDS = flags.DEFINE_string("records", "demo/records", "folder of the records; by default those of `make demo`")
 _SPLIT = flags.DEFINE_string("split", "val", "split of the records; its first key frame is taken")
 _NAME = flags.DEFINE_enum("name", "maskclip", ["maskclip", "maskclip_plus"], "teacher")
 _REPEATS = flags.DEFINE_integer("repeats", 1, "timed runs; the median counts")
