@@ -5,6 +5,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Where the demo writes; everything below it can be deleted.
 DEMO ?= demo
+# Two test processes, whole files each: most tests keep one core busy.
+PARALLEL ?= -n 2 --dist loadfile
 # Small computations: TensorFlow's and JAX's start-up messages are noise here.
 export TF_CPP_MIN_LOG_LEVEL := 3
 export JAX_PLATFORMS ?= cpu
@@ -41,17 +43,35 @@ demo: install
 	@echo "ask more: $(RUN) -m pop3d_jax.query --workdir $(DEMO)/run --sample 5 --text \"a yellow car\" --out answer.png"
 
 test: install-dev
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" $(PARALLEL)
 
 test-full: install-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 lint: install-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# Every benchmark that runs here, and the page of their results. The records and the data set are the demo's unless
+# RECORDS, SPLIT, SOURCE, VERSION and SOURCE_SPLIT say otherwise; `python -m benchmarks.topologies` is apart (libtpu, hours).
+RECORDS ?= $(DEMO)/records
+SPLIT ?= train
+SOURCE ?= $(DEMO)/world
+VERSION ?= v1.0-trainval
+SOURCE_SPLIT ?= val
+REPEAT ?= 1
+RESULTS ?= docs/results
 bench: install-dev
-	@for file in benchmarks/*.py; do echo "== $$file"; $(RUN) $$file || exit 1; done
+	$(RUN) -m benchmarks.labels --json $(RESULTS)
+	$(RUN) -m benchmarks.deformable_attention --json $(RESULTS)
+	$(RUN) -m benchmarks.deformable_conv --json $(RESULTS)
+	$(RUN) -m benchmarks.input_pipeline --records $(RECORDS) --split $(SPLIT) --json $(RESULTS)
+	$(RUN) -m benchmarks.record_building --source $(SOURCE) --version $(VERSION) --split $(SOURCE_SPLIT) \
+		--repeat $(REPEAT) --json $(RESULTS)
+	$(RUN) -m benchmarks.step_shares --json $(RESULTS)
+	$(RUN) -m benchmarks.weak_scaling --json $(RESULTS)
+	$(RUN) -m benchmarks.whole_system --json $(RESULTS)
+	$(RUN) -m benchmarks.page
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -36,7 +36,9 @@ class ImagePart(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         blocks = [int(count) for count in _BLOCKS.value] if _BLOCKS.value else None
-        self.img_backbone = ResNet(_DEPTH.value, blocks=blocks, width=_WIDTH.value, remat=_REMAT.value, rngs=rngs)
+        self.img_backbone = ResNet(
+            _DEPTH.value, blocks=blocks, width=_WIDTH.value, remat=(_REMAT.value,) * 4, rngs=rngs
+        )
         self.img_neck = FPN(self.img_backbone.out_channels, _OUT_CHANNELS.value, 4, rngs=rngs)
         for _, module in nnx.iter_modules(self.img_backbone):
             if isinstance(module, DeformableConv):

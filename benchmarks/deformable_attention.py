@@ -1,17 +1,16 @@
-"""What each implementation of deformable attention costs: time here, and a TPU's memory and bytes by its compiler.
+"""What each implementation of deformable attention costs: time here, and a TPU's memory by its compiler.
 
     python -m benchmarks.deformable_attention                      time and temporaries on this machine
     python -m benchmarks.deformable_attention --topology v5e:2x2   one chip, compiled and not run (needs libtpu)
+    python -m benchmarks.deformable_attention --write_table        also what implementation="auto" chooses from
 
-The published network's image attention: one camera, four levels of 928 x 1600 pixels, 8 heads of 32 channels, and one
-step of its loop over tokens (1,024 tokens of plane zh or wz with 64 samples a level). Forward, and forward with
-backward. Ratios to `gather` of the same run are what to quote; medians of --repeats runs.
+The shapes are those of the published network (images of 928 x 1600 pixels, 8 heads of 32 channels): one step of the
+image attention's loop over tokens of plane zh or wz, one of plane hw, and the self-attention of plane hw; and the
+demo's. Forward, and forward with backward. Medians of --repeats runs; ratios to `gather` of the same run are what to
+quote. FLOPs and bytes are counted in the traced program, every turn of a loop (pop3d_jax/traced_cost.py); elementwise
+work, which makes the coefficients of `matmul`, is not in them.
 """
 
-import json
-import statistics
-import time
-from pathlib import Path
 from typing import Any, get_args
 
 import jax
@@ -19,23 +18,35 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks.measure import FIGURES, absent_chip, figures, outcome
+from benchmarks.report import Table
+from pop3d_jax.ops import choice
 from pop3d_jax.ops.deformable_attention import Implementation, deformable_attention
+from pop3d_jax.traced_cost import traced_cost
 
 _LEVELS = ((116, 200), (58, 100), (29, 50), (15, 25))
-_TOKENS = flags.DEFINE_integer("tokens", 1024, "queries")
-_POINTS = flags.DEFINE_integer("points", 64, "samples of a query in each level")
-_HEADS = flags.DEFINE_integer("heads", 8, "heads")
-_CHANNELS = flags.DEFINE_integer("channels", 32, "channels of a head")
-_SCALE = flags.DEFINE_integer("scale", 1, "divides the sizes of the levels")
+_DEMO_LEVELS = ((20, 32), (10, 16), (5, 8), (3, 4))
+# Name: queries, levels, samples of a query and head in each level, channels of a head, heads.
+SHAPES = {
+    "images, planes zh and wz": (1024, _LEVELS, 64, 32, 8),
+    "images, plane hw": (1024, _LEVELS, 8, 32, 8),
+    "plane hw itself": (10000, ((100, 100),), 8, 32, 8),
+    "demo, images, planes zh and wz": (50, _DEMO_LEVELS, 8, 24, 2),
+    "demo, images, plane hw": (313, _DEMO_LEVELS, 4, 24, 2),
+    "demo, plane hw itself": (2500, ((50, 50),), 8, 24, 2),
+}
+_SHAPES = flags.DEFINE_list("shapes", list(SHAPES)[:1], "names, or all; --write_table takes all")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of the values")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "compile for this TPU instead of running here")
-_ONLY = flags.DEFINE_list("only", None, "implementations to measure; all by default")
-_JSON = flags.DEFINE_string("json", None, "also write the rows to this file")
+_ONLY = flags.DEFINE_list("only", None, "implementations; by default all that are compiled on the platform")
+_WRITE_TABLE = flags.DEFINE_bool("write_table", False, "write the medians to the table that `auto` reads")
+_JSON = flags.DEFINE_string("json", None, "folder of the table as JSON")
+_COLUMNS = ["shape", "implementation", "pass", *FIGURES, "largest difference"]
 
 
 def functions(implementation: str, shapes: tuple) -> dict[str, Any]:
-    """The jitted forward pass, and forward with backward."""
+    """The forward pass, and forward with backward."""
 
     def forward(values: jax.Array, locations: jax.Array, weights: jax.Array) -> jax.Array:
         return deformable_attention(values, shapes, locations, weights, implementation=implementation)
@@ -43,72 +54,59 @@ def functions(implementation: str, shapes: tuple) -> dict[str, Any]:
     def loss(*arguments: jax.Array) -> jax.Array:
         return (forward(*arguments).astype(jnp.float32) ** 2).sum()
 
-    return {"forward": jax.jit(forward), "forward and backward": jax.jit(jax.grad(loss, (0, 1, 2)))}
+    return {"forward": forward, "forward and backward": jax.grad(loss, (0, 1, 2))}
+
+
+def arguments_of(shape: tuple, dtype: str) -> tuple[jax.Array, ...]:
+    """Values, and samples around an anchor, as the network's are."""
+    queries, levels, points, channels, heads = shape
+    rng = np.random.default_rng(0)
+    sampled = (queries, heads, len(levels), points)
+    anchors = rng.uniform(0, 1, (queries, 1, 1, 1, 2))
+    return (
+        jnp.asarray(rng.normal(size=(sum(h * w for h, w in levels), heads, channels)), dtype),
+        jnp.asarray(anchors + rng.normal(0, 0.03, (*sampled, 2)), jnp.float32),
+        jnp.asarray(rng.uniform(0, 1, sampled) / (len(levels) * points), jnp.float32),
+    )
 
 
 def main(_: list[str]) -> None:
-    shapes = tuple((max(h // _SCALE.value, 1), max(w // _SCALE.value, 1)) for h, w in _LEVELS)
-    tokens = sum(h * w for h, w in shapes)
-    queries = (_TOKENS.value, _HEADS.value, len(shapes), _POINTS.value)
-    rng = np.random.default_rng(0)
-    shaped = (
-        jax.ShapeDtypeStruct((tokens, _HEADS.value, _CHANNELS.value), _DTYPE.value),
-        jax.ShapeDtypeStruct((*queries, 2), jnp.float32),
-        jax.ShapeDtypeStruct(queries, jnp.float32),
-    )
-    if _TOPOLOGY.value:
-        from configs.pop3d_nuscenes import get_config
-        from pop3d_jax.compile_report import topology_mesh
-        from pop3d_jax.sharding import replicated
-
-        jax.config.update("jax_platforms", "cpu")
-        place = replicated(topology_mesh(_TOPOLOGY.value, get_config()))
-        arguments = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shaped)
-    else:
-        arguments = (
-            jnp.asarray(rng.normal(size=shaped[0].shape), _DTYPE.value),
-            # Around an anchor, as the network samples.
-            jnp.asarray(
-                rng.uniform(0, 1, (_TOKENS.value, 1, 1, 1, 2)) + rng.normal(0, 0.03, shaped[1].shape), "float32"
-            ),
-            jnp.asarray(rng.uniform(0, 1, queries), jnp.float32),
-        )
+    place = absent_chip(_TOPOLOGY.value) if _TOPOLOGY.value else None
+    names = list(SHAPES) if _WRITE_TABLE.value or _SHAPES.value == ["all"] else _SHAPES.value
+    # Elsewhere the kernel is interpreted: its time says nothing.
+    with_kernel = place is not None or jax.default_backend() == "tpu"
+    implementations = _ONLY.value or [name for name in get_args(Implementation) if with_kernel or name != "pallas"]
+    suffix = "_" + _TOPOLOGY.value.replace(":", "_") if _TOPOLOGY.value else ""
+    table = Table("deformable_attention" + suffix, _COLUMNS)
     rows = []
-    for implementation in _ONLY.value or get_args(Implementation):
-        for name, function in functions(implementation, shapes).items():
-            start = time.monotonic()
-            row = {"implementation": implementation, "pass": name, "where": _TOPOLOGY.value or jax.default_backend()}
-            try:
-                compiled = function.lower(*arguments).compile()
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                rows.append(row | {"refused": "does not fit into the chip's memory"})
-                print(f"{implementation:<12}{name:<22} does not fit into the chip's memory", flush=True)
-                continue
-            memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-            row |= {
-                "compile_seconds": time.monotonic() - start,
-                "temporary_bytes": memory.temp_size_in_bytes,
-                "flops": cost.get("flops"),
-                "bytes_accessed": cost.get("bytes accessed"),
-            }
-            text = f"temporaries {row['temporary_bytes'] / 1e6:>9.1f} MB"
-            if _TOPOLOGY.value:
-                text += f"  {row['flops'] / 1e9:>9.1f} GFLOP  {row['bytes_accessed'] / 1e9:>8.2f} GB accessed"
-            else:
-                jax.block_until_ready(compiled(*arguments))
-                seconds = []
-                for _ in range(_REPEATS.value):
-                    start = time.monotonic()
-                    jax.block_until_ready(compiled(*arguments))
-                    seconds.append(time.monotonic() - start)
-                row["seconds"] = statistics.median(seconds)
-                text += f"  median {row['seconds'] * 1e3:>9.1f} ms"
-            rows.append(row)
-            print(f"{implementation:<12}{name:<22} {text}", flush=True)
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
+    for name in names:
+        shape = SHAPES[name]
+        arguments = arguments_of(shape, _DTYPE.value)
+        expected = None
+        times: dict[str, float] = {}
+        for implementation in implementations:
+            for what, function in functions(implementation, shape[1]).items():
+                row = outcome(function, arguments, _REPEATS.value, place)
+                cost = traced_cost(function, *arguments)
+                difference = ""
+                if what == "forward" and place is None:
+                    result = np.asarray(jax.jit(function)(*arguments), np.float64)
+                    expected = result if expected is None else expected
+                    difference = f"{np.abs(result - expected).max():.1e}"
+                if what != "forward" and "seconds" in row:
+                    times[implementation] = row["seconds"]
+                table.add(name, implementation, what, *figures(row, cost), difference)
+        queries, levels, points, _, heads = shape
+        sizes = {
+            "queries": queries,
+            "texels": sum(h * w for h, w in levels),
+            "samples": heads * len(levels) * points,
+        }
+        rows.append({"shape": name, "sizes": sizes, "seconds": times})
+    table.write(_JSON.value)
+    if _WRITE_TABLE.value:
+        choice.write_rows("deformable_attention", rows)
+        print(f"written: {choice.TABLE}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,18 @@
 """Time of the labels of one key frame: the jitted functions of the training step against straightforward NumPy.
 
-    python -m benchmarks.labels [--points 34688] [--repeats 10] [--json labels.json]
+    python -m benchmarks.labels [--points 34688] [--repeats 10] [--json docs/results]
 
 The NumPy version is what a person would write from the official code: vectorised, float64, all ray samples at
 once. Both are checked to be equal before they are timed, and both run in one process, one after the other.
 Points are drawn like a 32-beam sweep: beams that meet the ground or a wall.
 """
 
-import json
-import platform
-import time
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks.measure import median_seconds
+from benchmarks.report import Table
 from pop3d_jax import labels
 from pop3d_jax.nuscenes import EMPTY, IGNORE, UNLABELLED
 from pop3d_jax.voxels import RAY_SAMPLES, Volume
@@ -23,7 +20,7 @@ from pop3d_jax.voxels import RAY_SAMPLES, Volume
 _POINTS = flags.DEFINE_integer("points", 34688, "lidar points of the key frame")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "runs of each; the median is reported")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the drawn sweep")
-_JSON = flags.DEFINE_string("json", None, "write the table here too")
+_JSON = flags.DEFINE_string("json", None, "folder of labels.json")
 
 
 def sweep(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,17 +85,6 @@ def numpy_training_label(points: np.ndarray, volume: Volume) -> np.ndarray:
     return occupancy
 
 
-def median_seconds(function, repeats: int) -> float:
-    """Median run time; the first, uncounted run compiles."""
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
 def main(_):
     volume = Volume()
     points, classes = sweep(_POINTS.value, _SEED.value)
@@ -117,7 +103,7 @@ def main(_):
         if not np.array_equal(grid, expected[name]):
             raise AssertionError(f"{name} differs from the NumPy version; its time would mean nothing")
 
-    rows = []
+    table = Table("labels", ["labels of one key frame", "jitted", "NumPy", "NumPy / jitted"])
     for name, ours, plain in (
         (
             "training target",
@@ -126,25 +112,9 @@ def main(_):
         ),
         ("all evaluation grids", lambda: all_labels(*on_device), lambda: numpy_labels(points, classes, volume)),
     ):
-        jitted, numpy = median_seconds(ours, _REPEATS.value), median_seconds(plain, _REPEATS.value)
-        rows.append({"labels": name, "jitted_ms": 1e3 * jitted, "numpy_ms": 1e3 * numpy, "ratio": numpy / jitted})
-    print(f"{'labels of one key frame':24} {'jitted ms':>10} {'NumPy ms':>10} {'ratio':>7}")
-    for row in rows:
-        print(f"{row['labels']:24} {row['jitted_ms']:10.2f} {row['numpy_ms']:10.2f} {row['ratio']:6.1f}x")
-    report = {
-        "points": len(points),
-        "grid_size": volume.grid_size,
-        "repeats": _REPEATS.value,
-        "device": jnp.zeros(()).device.device_kind,
-        "cpu": platform.processor() or platform.machine(),
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-        "rows": rows,
-    }
-    print(json.dumps(report))
-    if _JSON.value:
-        with open(_JSON.value, "w") as file:
-            json.dump(report, file, indent=2)
+        jitted, numpy = (median_seconds(function, (), _REPEATS.value) for function in (ours, plain))
+        table.add(name, f"{1e3 * jitted:.2f} ms", f"{1e3 * numpy:.2f} ms", f"{numpy / jitted:.1f}")
+    table.write(_JSON.value)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """How fast records are built and read, and how much memory the tables of full nuScenes take.
 
-    python -m benchmarks.record_building [--source DIR --version V --split S] [--scale 0.1]
+    python -m benchmarks.record_building [--source DIR --version V --split S --repeat N] [--scale 0.1]
 
-The key frames are those of --source where it is given. The tables are synthetic rows of nuScenes' shape: at scale 1
-the 2,631,083 rows of sample_data and of ego_pose of v1.0-trainval.
+The key frames are those of --source where it is given; a few real ones repeated give real sizes and times. The tables
+are synthetic rows of nuScenes' shape: at scale 1 the 2,631,083 rows of sample_data and of ego_pose of v1.0-trainval.
 """
 
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
+from benchmarks.report import Table
 from data_prep.check_records import check_records
 from data_prep.nuscenes_tables import read_tables
 from data_prep.split_build import build_split
@@ -27,10 +28,12 @@ _SOURCE = flags.DEFINE_string("source", None, "Data set to build records from; w
 _VERSION = flags.DEFINE_string("version", "v1.0-trainval", "Of the source.")
 _SPLIT = flags.DEFINE_string("split", "train", "Of the source.")
 _SCALE = flags.DEFINE_float("scale", 0.1, "Size of the synthetic tables, 1 for all of v1.0-trainval.")
-_WORKERS = flags.DEFINE_integer("workers", 1, "Processes of the build.")
+_REPEAT = flags.DEFINE_integer("repeat", 1, "Take every key frame so many times, under new tokens.")
+_JSON = flags.DEFINE_string("json", None, "Folder of record_building.json.")
 
 # Rows of a scene of v1.0-trainval: 850 scenes, 34,149 samples, 2,631,083 rows of sample_data, 12 sensors.
 _SAMPLES_OF_SCENE = 40
+_KEY_FRAMES = 34_149
 _ROWS_OF_SAMPLE = 77
 _CHANNELS = (LIDAR, *CAMERAS, *(f"RADAR_{number}" for number in range(5)))
 
@@ -114,7 +117,7 @@ def _read_measured(folder: Path, results: multiprocessing.Queue) -> None:
     results.put((seconds, before / 1024, peak / 1024, sum(len(scene.key_frames) for scene in tables.scenes)))
 
 
-def _measure_tables(scale: float) -> None:
+def _measure_tables(scale: float, table: Table) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = _write_tables(folder, scale)
@@ -126,35 +129,65 @@ def _measure_tables(scale: float) -> None:
         process.start()
         seconds, before, peak, key_frames = results.get()
         process.join()
-    print(f"tables: {rows} rows of sample_data and ego_pose each, {size / 2**20:.0f} MiB of JSON")
-    print(f"  read in {seconds:.1f} s to {key_frames} key frames ({seconds / rows * 1e6:.1f} us a row)")
-    print(f"  peak memory {peak:.0f} MiB, of which {before:.0f} MiB is the program itself")
+    table.add(
+        f"reading {size / 2**20:.0f} MiB of tables, {rows:,} rows of sample_data, to {key_frames:,} key frames",
+        f"{seconds:.1f} s, peak {peak:.0f} MiB, of which {before:.0f} MiB are the program",
+    )
 
 
-def _measure_records() -> None:
-    with tempfile.TemporaryDirectory() as out:
-        start = time.perf_counter()
-        build_split(_SOURCE.value, _VERSION.value, _SPLIT.value, out, skip_errors=False, workers=_WORKERS.value)
-        seconds = time.perf_counter() - start
-        source = RecordSource(out, _SPLIT.value)
-        count, size = len(source), sum(path.stat().st_size for path in Path(out).glob("*tfrecord*"))
-        print(f"build: {count} key frames in {seconds:.2f} s with {_WORKERS.value} worker(s)")
-        print(f"  {count / seconds:.1f} key frames/s, {size / count / 1e6:.3f} MB a key frame")
+def _repeated(source: Path, version: str, times: int, folder: Path) -> Path:
+    """The data set with every key frame several times under new tokens; files are links to the source's."""
+    for entry in source.iterdir():
+        if entry.name != version:
+            (folder / entry.name).symlink_to(entry.resolve())
+    (folder / version).mkdir(parents=True)
+    renamed = {"sample": ("token",), "sample_data": ("token", "sample_token"), "lidarseg": ("sample_data_token",)}
+    for path in (source / version).glob("*.json"):
+        rows = json.loads(path.read_text())
+        if path.stem == "scene":
+            rows = [row | {"nbr_samples": row["nbr_samples"] * times} for row in rows]
+        if path.stem in renamed:
+            names = renamed[path.stem]
+            rows = [row | {name: f"{row[name]}-{number}" for name in names} for number in range(times) for row in rows]
+        (folder / version / path.name).write_text(json.dumps(rows))
+    return folder
+
+
+def _measure_records(table: Table) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        out, root = Path(name) / "records", Path(name) / "root"
+        root.mkdir()
+        source = _repeated(Path(_SOURCE.value), _VERSION.value, _REPEAT.value, root)
+        start, cpu = time.perf_counter(), time.process_time()
+        build_split(str(source), _VERSION.value, _SPLIT.value, str(out), skip_errors=False, workers=1)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        records = RecordSource(str(out), _SPLIT.value)
+        count, size = len(records), sum(path.stat().st_size for path in out.glob("*tfrecord*"))
+        table.add(f"building {count} key frames, one worker", f"{seconds:.2f} s, {cpu:.2f} s of processor time")
+        table.add("key frames a second and core", f"{count / seconds:.1f}")
+        table.add(
+            f"nuScenes trainval ({_KEY_FRAMES:,} key frames) on 32 cores, if the disk keeps up",
+            f"{_KEY_FRAMES * seconds / count / 32 / 60:.1f} min",
+        )
+        table.add("bytes a key frame", f"{size / count / 1e6:.3f} MB")
+        table.add("all of them", f"{_KEY_FRAMES * size / count / 1e9:.1f} GB")
         order = np.random.default_rng(0).permutation(count)
         start = time.perf_counter()
         for position in order:
-            _ = source[position]
+            _ = records[position]
         seconds = time.perf_counter() - start
-        print(f"random access, JPEGs undecoded: {seconds / count * 1e3:.2f} ms a key frame (files in the cache)")
+        table.add("random access, JPEGs undecoded, files in the cache", f"{seconds / count * 1e3:.2f} ms a key frame")
         start = time.perf_counter()
-        check_records(out, None, _WORKERS.value)
-        print(f"check: {count / (time.perf_counter() - start):.1f} key frames/s")
+        check_records(str(out), None, 1)
+        table.add("checking the build", f"{count / (time.perf_counter() - start):.1f} key frames a second")
 
 
 def main(_: list[str]) -> None:
+    table = Table("record_building", ["records from nuScenes' files", "measured"])
     if _SOURCE.value:
-        _measure_records()
-    _measure_tables(_SCALE.value)
+        _measure_records(table)
+    _measure_tables(_SCALE.value, table)
+    table.write(_JSON.value)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks.report import Table
 from configs.pop3d_nuscenes import get_config
 from data_prep.teacher_features import feature_function
 from pop3d_jax.data.records import RecordSource
@@ -26,6 +27,7 @@ _RECORDS = flags.DEFINE_string("records", "demo/records", "folder of the records
 _SPLIT = flags.DEFINE_string("split", "val", "split of the records; its first key frame is taken")
 _NAME = flags.DEFINE_enum("name", "maskclip", ["maskclip", "maskclip_plus"], "teacher")
 _REPEATS = flags.DEFINE_integer("repeats", 1, "timed runs; the median counts")
+_JSON = flags.DEFINE_string("json", None, "folder of teacher_NAME.json")
 _KEY_FRAMES = 34_149
 
 
@@ -61,16 +63,18 @@ def main(_: list[str]) -> None:
     compute = feature_function(config, random_teacher(abstract_teacher(config.teacher)))
     online, features = median_seconds(lambda: compute(source[0]), _REPEATS.value)
     dim = features.shape[1]
-    print(f"{_NAME.value}: {features.shape[0]} visible pairs of {dim} features")
-    print(f"{'online':<10}{online:>10.2f} s")
+    table = Table(
+        f"teacher_{_NAME.value}", [_NAME.value, "seconds a key frame", "a key frame", f"{_KEY_FRAMES:,} of them"]
+    )
+    table.add(f"online, {features.shape[0]:,} visible pairs of {dim} features", f"{online:.1f} s", "", "")
     for dtype in DTYPES:
         record = encode_features(source.sample_tokens[0], features, dtype)
         decode = functools.partial(decode_features, record, dtype, dim)
-        seconds, _ = median_seconds(decode, _REPEATS.value)
-        print(
-            f"{dtype:<10}{seconds:>10.4f} s {len(record) / 1e6:>8.2f} MB, "
-            f"{len(record) * _KEY_FRAMES / 1e12:.2f} TB for {_KEY_FRAMES:,} key frames"
-        )
+        seconds, _ = median_seconds(decode, max(_REPEATS.value, 5))
+        total = f"{len(record) * _KEY_FRAMES / 1e12:.2f} TB"
+        table.add(f"from a {dtype} cache", f"{seconds:.4f} s", f"{len(record) / 1e6:.2f} MB", total)
+    table.add("official layout (its README)", "", "45.3 MB", "1.55 TB")
+    table.write(_JSON.value)
 
 
 if __name__ == "__main__":

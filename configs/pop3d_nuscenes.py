@@ -71,7 +71,7 @@ def get_config(learning_rate: str = "script") -> ml_collections.ConfigDict:
     config.model.feature_dim = 512
     config.model.dropout = 0.1
     config.model.grid_mask = True
-    config.model.remat = "encoder"  # what the backward pass computes again: "none", "encoder" or "all"
+    config.model.remat = "encoder"  # computed again in the backward pass: "none", "all", "layer3,layer4,encoder", ...
     config.model.compute_dtype = "float32"
 
     # Weight files (.pth, .safetensors) to start from: the whole network, or, as published, the detector's backbone

@@ -49,7 +49,6 @@ def feature_function(
         # All pairs, where a training may be content with a part of them.
         max_feature_points=max(config.data.max_feature_points, config.data.max_points),
         sample_feature_points=0,
-        photometric=False,
     )
     compiled = jax.jit(teacher.point_features)
     parameters = jax.device_put(teacher.parameters)
@@ -61,10 +60,9 @@ def feature_function(
                 f"sample {key_frame.sample_token} has {example['feature_points_left_out']} visible pairs more than "
                 "config.data.max_points: raise it"
             )
-        found = compiled(
-            parameters,
-            *(jnp.asarray(example[name])[None] for name in ("teacher_images", "feature_cameras", "feature_pixels")),
-        )
+        images = example.get("teacher_images", example["images"])
+        seen = (images, example["feature_cameras"], example["feature_pixels"])
+        found = compiled(parameters, *(jnp.asarray(array)[None] for array in seen))
         return np.asarray(found[0], np.float32)[example["feature_mask"]]
 
     return features

@@ -28,11 +28,13 @@ from pop3d_jax.data.pipeline import ExampleSettings, make_example
 from pop3d_jax.data.records import KeyFrame
 from pop3d_jax.experiment import example_settings, make_student
 from pop3d_jax.hlo_text import LargeArray, collectives, largest_arrays
+from pop3d_jax.images import network_images
 from pop3d_jax.models.parameters import merge_model
 from pop3d_jax.nuscenes import CAMERAS
 from pop3d_jax.program import training_program
 from pop3d_jax.sharding import BATCH_AXES, make_mesh, partition_spec, replicated
 from pop3d_jax.teacher import abstract_teacher
+from pop3d_jax.traced_cost import jaxpr_cost
 
 # Main memory of a chip in bytes, by the name of its topologies (Cloud TPU documentation).
 CAPACITY = {"v5e": 16 * 10**9, "v5p": 95 * 10**9, "v6e": 32 * 10**9}
@@ -49,6 +51,8 @@ class Compiled:
       name: "training step" or "inference step".
       seconds: how long compilation took here.
       arguments, outputs, aliased, temporaries, peak: bytes; `aliased` outputs lie in arguments' memory.
+      matrix_flops: of matrix products and convolutions, every turn of a loop counted, before the compiler
+        (`traced_cost`), divided by the chips: right as long as all of it follows the batch (Muon's updates do not).
       flops, bytes_accessed: the compiler's count, in which a loop's body counts once; None where it does not say.
       collectives: by kind, how many and the bytes of their results; inside loops once.
       largest: arrays in main memory.
@@ -62,6 +66,7 @@ class Compiled:
     aliased: int = 0
     temporaries: int = 0
     peak: int = 0
+    matrix_flops: float = 0.0
     flops: float | None = None
     bytes_accessed: float | None = None
     collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
@@ -102,11 +107,15 @@ def compile_programs(config: ml_collections.ConfigDict, topology: str, steps: in
       steps: length of the schedule, a constant of the program.
     """
     mesh = topology_mesh(topology, config)
+    training = compile_training(config, mesh, steps)
     with jax.set_mesh(mesh):
-        return [
-            _compiled("training step", *_training(config, mesh, steps)),
-            _compiled("inference step", *_inference(config, mesh)),
-        ]
+        return [training, _compiled("inference step", *_inference(config, mesh))]
+
+
+def compile_training(config: ml_collections.ConfigDict, mesh: Mesh, steps: int = 100_000) -> Compiled:
+    """Compiles the training step alone, for any mesh."""
+    with jax.set_mesh(mesh):
+        return _compiled("training step", *_training(config, mesh, steps))
 
 
 def blank_key_frame() -> KeyFrame:
@@ -169,7 +178,7 @@ def _inference(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[Any, tupl
     student = make_student(config)
 
     def predict(parameters: Any, statistics: Any, images: jax.Array, lidar_to_image: jax.Array) -> Any:
-        output = merge_model(student.graph, parameters, statistics)(images, lidar_to_image)
+        output = merge_model(student.graph, parameters, statistics)(network_images(images), lidar_to_image)
         return output.occupancy_logits, output.voxel_features
 
     settings = example_settings(config, training=False)
@@ -192,7 +201,8 @@ def _compiled(name: str, function: Any, arguments: tuple) -> Compiled:
     start = time.monotonic()
     try:
         with _quiet():
-            program = function.lower(*arguments).compile()
+            traced = function.trace(*arguments)
+            program = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -207,6 +217,7 @@ def _compiled(name: str, function: Any, arguments: tuple) -> Compiled:
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.peak_memory_in_bytes,
+        jaxpr_cost(traced.jaxpr.jaxpr).flops / jax.sharding.get_abstract_mesh().size,
         cost.get("flops"),
         cost.get("bytes accessed"),
         collectives(text),
@@ -248,6 +259,7 @@ def format_report(programs: list[Compiled], topology: str, config: ml_collection
         ("outputs not in arguments", lambda p: _size(p.outputs - p.aliased)),
         ("peak", lambda p: _size(p.peak)),
         ("of the chip's memory", lambda p: f"{100 * p.peak / capacity:.1f} %"),
+        ("matrix FLOPs", lambda p: f"{p.matrix_flops / 1e12:.2f} T"),
         ("FLOPs, loop bodies once", lambda p: "-" if p.flops is None else f"{p.flops / 1e12:.2f} T"),
         ("bytes, loop bodies once", lambda p: "-" if p.bytes_accessed is None else _size(p.bytes_accessed)),
     ]

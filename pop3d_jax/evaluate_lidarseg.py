@@ -22,6 +22,7 @@ from pop3d_jax.data.records import RecordError, RecordSource
 from pop3d_jax.evaluator import TrainedRun, load_run
 from pop3d_jax.experiment import example_settings
 from pop3d_jax.hosts import join_hosts
+from pop3d_jax.images import network_images
 from pop3d_jax.lidarseg import CLASSES, LidarsegError, devkit_scores, write_submission_meta, write_sweep
 from pop3d_jax.metrics import assign_classes, confusion_matrix
 from pop3d_jax.models.clip import load_clip
@@ -132,7 +133,9 @@ def _label_points(
     """Class of every point, and the counts where there are labels."""
     model = merge_model(trained.student.graph, parameters, statistics)
     coordinates = grid_coordinates(batch["points"], trained.student.volume)
-    output = model(batch["images"], batch["lidar_to_image"], feature_points=coordinates, voxel_features=False)
+    output = model(
+        network_images(batch["images"]), batch["lidar_to_image"], feature_points=coordinates, voxel_features=False
+    )
     classes = assign_classes(output.point_features, *text)
     counted = batch["point_mask"] & (batch["valid"] & batch["has_labels"])[:, None]
     confusion = confusion_matrix(batch["point_labels"].astype(jnp.int32), classes, len(CLASSES), UNLABELLED, counted)

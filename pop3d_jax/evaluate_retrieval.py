@@ -27,6 +27,7 @@ from pop3d_jax.data.records import KeyFrame, RecordError, RecordSource
 from pop3d_jax.data.visibility import visible_pairs
 from pop3d_jax.evaluator import TrainedRun, load_run
 from pop3d_jax.experiment import example_settings
+from pop3d_jax.images import network_images
 from pop3d_jax.models.clip import load_clip
 from pop3d_jax.models.parameters import merge_model
 from pop3d_jax.progress import progress
@@ -122,7 +123,10 @@ class PointFeatures:
             model = merge_model(student.graph, parameters, statistics)
             coordinates = grid_coordinates(example["points"], student.volume)
             output = model(
-                example["images"], example["lidar_to_image"], feature_points=coordinates, voxel_features=False
+                network_images(example["images"]),
+                example["lidar_to_image"],
+                feature_points=coordinates,
+                voxel_features=False,
             )
             return output.point_features[0]
 
@@ -154,7 +158,7 @@ class PointFeatures:
             return np.asarray(features)[: len(points)], index, None
         targets = self._teacher_features(
             self._teacher.parameters,
-            example["teacher_images"],
+            example.get("teacher_images", example["images"]),
             example["feature_cameras"],
             example["feature_pixels"],
         )

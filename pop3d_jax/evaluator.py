@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from pop3d_jax.checkpoint import Checkpoints
 from pop3d_jax.experiment import Student, make_student, restored_parts
+from pop3d_jax.images import network_images
 from pop3d_jax.labels import evaluation_labels, occupancy_tpvformer
 from pop3d_jax.lidarseg import devkit_scores
 from pop3d_jax.metrics import MeanIoU, assign_classes, confusion_matrix, mean_iou, occupancy_iou
@@ -261,7 +262,9 @@ class Evaluator:
         volume = self._student.volume
         model = merge_model(self._student.graph, parameters, statistics)
         coordinates = grid_coordinates(batch["points"], volume)
-        output = model(batch["images"], batch["lidar_to_image"], coordinates, coordinates, voxel_features=True)
+        output = model(
+            network_images(batch["images"]), batch["lidar_to_image"], coordinates, coordinates, voxel_features=True
+        )
         embeddings, classes = text
         targets = jax.vmap(lambda *example: evaluation_labels(*example, volume))(
             batch["points"], batch["point_labels"], batch["point_mask"]

@@ -13,6 +13,7 @@ from flax import nnx
 
 from pop3d_jax.data.pipeline import ExampleSettings, training_batches
 from pop3d_jax.data.records import RecordSource
+from pop3d_jax.images import network_images
 from pop3d_jax.models.batch_norm import calibrate_batch_norm
 from pop3d_jax.models.parameters import ArrayTree, merge_model, path_names, split_model
 from pop3d_jax.models.pop3d import Pop3D, Pop3DConfig
@@ -46,8 +47,8 @@ class Student:
 
 
 def example_settings(config: ml_collections.ConfigDict, *, training: bool, images: bool = True) -> ExampleSettings:
-    """How an experiment turns key frames into arrays; only training distorts images and needs the teacher's,
-    unless its features are cached."""
+    """How an experiment turns key frames into arrays; only training needs the teacher's images, unless its features are
+    cached."""
     data = config.data
     return ExampleSettings(
         image_hw=tuple(data.image_hw),
@@ -55,8 +56,6 @@ def example_settings(config: ml_collections.ConfigDict, *, training: bool, image
         max_points=data.max_points,
         max_feature_points=data.max_feature_points,
         sample_feature_points=data.sample_feature_points if training else 0,
-        photometric=training and data.photometric,
-        swap_channels=data.swap_channels,
         volume_flip=training and data.volume_flip,
         volume_rotation=data.volume_rotation if training else 0.0,
         images=images,
@@ -166,11 +165,11 @@ def build_student(
         )
     if config.calibrate_batch_norm:
         logging.info("taking the BatchNorm statistics of the backbone from %d key frames", _CALIBRATION_FRAMES)
-        still = dataclasses.replace(settings, photometric=False, teacher_image_hw=None)
+        still = dataclasses.replace(settings, teacher_image_hw=None)
         batches = training_batches(source, still, batch_size=1, seed=config.seed)
         images = np.concatenate([next(batches)["images"][0] for _ in range(_CALIBRATION_FRAMES)])
         model = merge_model(graph, parameters, statistics)
-        calibrate_batch_norm(model.backbone, jnp.asarray(images))
+        calibrate_batch_norm(model.backbone, network_images(jnp.asarray(images)))
         _, parameters, statistics = split_model(model)
     return parameters, statistics
 

@@ -13,6 +13,7 @@ from pop3d_jax.checkpoint import Checkpoints
 from pop3d_jax.data.pipeline import make_example
 from pop3d_jax.data.records import KeyFrame, RecordSource
 from pop3d_jax.experiment import Student, example_settings, make_student, restored_parts
+from pop3d_jax.images import network_images
 from pop3d_jax.labels import semantic_rays
 from pop3d_jax.models.parameters import merge_model
 from pop3d_jax.sharding import make_mesh, replicated
@@ -55,7 +56,7 @@ class Predictor:
 
         def predict(restored: dict, images: jax.Array, lidar_to_image: jax.Array) -> tuple[jax.Array, jax.Array]:
             model = merge_model(self.student.graph, restored["parameters"], restored["statistics"])
-            output = model(images, lidar_to_image, voxel_features=True)
+            output = model(network_images(images), lidar_to_image, voxel_features=True)
             return jax.nn.softmax(output.occupancy_logits)[0, ..., 1], output.voxel_features[0]
 
         self._predict = jax.jit(predict)

@@ -80,6 +80,8 @@ def training_program(
             optimizer,
             groups,
             loss_weights=config.loss.to_dict(),
+            photometric=config.data.photometric,
+            swap_channels=config.data.swap_channels,
             use_grid_mask=config.model.grid_mask,
             use_dropout=config.model.dropout > 0,
             seed=config.seed,

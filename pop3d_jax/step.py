@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from pop3d_jax.data.augment import draw_grid_mask, grid_mask
+from pop3d_jax.images import draw_photometric, network_images
 from pop3d_jax.labels import occupancy_tpvformer
 from pop3d_jax.losses import pop3d_loss
 from pop3d_jax.models.parameters import ArrayTree, merge_model
@@ -88,6 +89,8 @@ def make_train_step(
     groups: Any,
     *,
     loss_weights: dict[str, Any],
+    photometric: bool,
+    swap_channels: bool,
     use_grid_mask: bool,
     use_dropout: bool,
     seed: int,
@@ -101,6 +104,8 @@ def make_train_step(
       optimizer: from `make_optimizer`.
       groups: from `parameter_groups`; the norms leave out what is frozen.
       loss_weights: see `make_loss`.
+      photometric: whether the student's images are distorted in brightness, contrast, saturation and hue, as official.
+      swap_channels: whether that includes a random order of the colour channels, as official.
       use_grid_mask: GridMask on the student's images, as official in training.
       use_dropout: whether dropout is on.
       seed: all randomness of step n comes from (seed, n).
@@ -112,8 +117,12 @@ def make_train_step(
 
     def train_step(state: State, batch: dict[str, jax.Array], teacher_parameters: ArrayTree) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        mask_key, dropout_key = jax.random.split(key)
-        images = batch["images"]
+        mask_key, dropout_key, colour_key = jax.random.split(key, 3)
+        draw = None
+        if photometric:
+            # Every camera on its own, as official.
+            draw = draw_photometric(colour_key, batch["images"].shape[:2], swap_channels=swap_channels)
+        images = network_images(batch["images"], draw)
         if use_grid_mask:
             # One draw for the whole batch and all cameras, as official (where the batch is one key frame).
             height, width = images.shape[2:4]
@@ -123,7 +132,10 @@ def make_train_step(
         else:
             targets = jax.lax.stop_gradient(
                 teacher.point_features(
-                    teacher_parameters, batch["teacher_images"], batch["feature_cameras"], batch["feature_pixels"]
+                    teacher_parameters,
+                    batch.get("teacher_images", batch["images"]),
+                    batch["feature_cameras"],
+                    batch["feature_pixels"],
                 )
             )
         (_, terms), gradients = jax.value_and_grad(loss, has_aux=True)(

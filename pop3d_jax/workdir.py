@@ -106,7 +106,8 @@ def prepare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
         path.write_text(config_to_json(config))
 
 
-def _git_revision() -> str:
+def git_revision() -> str:
+    """Commit of this code, with "-dirty" where files were changed since; says so where it is no git checkout."""
     project = epath.Path(__file__).parent.parent
     command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -134,7 +135,7 @@ def write_manifest(workdir: epath.PathLike, *, seed: int, data: dict[str, str], 
             "first_step": step,
             "seed": seed,
             "data_fingerprints": data,
-            "git_revision": _git_revision(),
+            "git_revision": git_revision(),
             "command": sys.argv,
             "python": platform.python_version(),
             "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -82,10 +82,12 @@ def test_without_libtpu_the_extra_is_named(small_config):
 def test_small_programs_compile_for_a_tpu_and_large_ones_are_refused(small_config):
     pytest.importorskip("libtpu", reason="needs the extra: pip install 'pop3d-jax[tpu]'")
     small_config.batch_size = 4
+    small_config.model.attention_implementation = "pallas"
     training, inference = programs = compile_report.compile_programs(small_config, "v5e:2x2")
     assert compile_report.fits(programs, "v5e:2x2")
     assert training.collectives["all-reduce"][0] >= 1
     assert not inference.collectives
+    assert training.matrix_flops > inference.matrix_flops > 0
     assert training.peak > training.arguments > 0
     assert any(array.source.startswith("pop3d_jax/") for array in training.largest)
     mesh = compile_report.topology_mesh("v5e:2x2", small_config)

@@ -1,140 +1,15 @@
-"""Image augmentation of the official training: photometric distortion on the host, GridMask on the device."""
+"""Augmentation: GridMask of the official training, on the device, and turns of the volume, on the host.
 
-import dataclasses
+The official photometric distortion is in `pop3d_jax/images.py`.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
-
-BRIGHTNESS_DELTA = 32.0
-CONTRAST_RANGE = (0.5, 1.5)
-SATURATION_RANGE = (0.5, 1.5)
-HUE_DELTA = 18.0  # degrees
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 GRID_MASK_RATIO = 0.5
 GRID_MASK_PROBABILITY = 0.7
-
-
-@dataclasses.dataclass(frozen=True)
-class PhotometricDraw:
-    """What one image gets. The defaults change nothing.
-
-    Attributes:
-      brightness: added to all channels, in units of 0..255.
-      early_contrast: factor before the colour change.
-      saturation: factor on the saturation.
-      hue: added to the hue, degrees.
-      late_contrast: factor after the colour change.
-      channel_order: which input channel every output channel shows.
-    """
-
-    brightness: float = 0.0
-    early_contrast: float = 1.0
-    saturation: float = 1.0
-    hue: float = 0.0
-    late_contrast: float = 1.0
-    channel_order: tuple[int, int, int] = (0, 1, 2)
-
-
-def draw_photometric(rng: np.random.Generator, *, swap_channels: bool = True) -> PhotometricDraw:
-    """Draws a distortion: each part with probability one half, the contrast either early or late.
-
-    Source: the official `PhotoMetricDistortionMultiViewImage`, which draws for every camera on its own.
-
-    Args:
-      rng: the source of randomness.
-      swap_channels: whether the last part, a random order of the channels, may happen. Official: yes. It makes
-        colours meaningless to the student, which is not wanted where the teacher speaks of colours.
-    """
-
-    def perhaps(low: float, high: float, otherwise: float) -> float:
-        return float(rng.uniform(low, high)) if rng.integers(2) else otherwise
-
-    brightness = perhaps(-BRIGHTNESS_DELTA, BRIGHTNESS_DELTA, 0.0)
-    early = bool(rng.integers(2))
-    contrast = perhaps(*CONTRAST_RANGE, 1.0)
-    saturation = perhaps(*SATURATION_RANGE, 1.0)
-    hue = perhaps(-HUE_DELTA, HUE_DELTA, 0.0)
-    order = tuple(int(i) for i in rng.permutation(3)) if swap_channels and rng.integers(2) else (0, 1, 2)
-    return PhotometricDraw(
-        brightness=brightness,
-        early_contrast=contrast if early else 1.0,
-        saturation=saturation,
-        hue=hue,
-        late_contrast=1.0 if early else contrast,
-        channel_order=order,
-    )
-
-
-def _change_colour(planes: np.ndarray, saturation: float, hue: float) -> np.ndarray:
-    """HSV and back in one go, as OpenCV does it for floats: value in 0..255, nothing clipped.
-
-    A channel is value - sign(value) * chroma * (how far the hue is from the channel, in 0..1). Where only the
-    saturation changes, that last factor need not be known.
-    """
-    blue, green, red = planes
-    value = np.maximum(np.maximum(blue, green), red)
-    sign = np.sign(value)
-    if hue == 0.0:
-        # value - channel is the chroma times the unknown factor.
-        return value - (sign * np.float32(saturation)) * (value - planes)
-    chroma = value - np.minimum(np.minimum(blue, green), red)
-    inverse = np.float32(1) / (chroma + np.finfo(np.float32).eps)
-    # The hue in sixths of the circle, red at 0, green at 2, blue at 4.
-    sixths = np.where(
-        value == red,
-        (green - blue) * inverse,
-        np.where(value == green, (blue - red) * inverse + np.float32(2), (red - green) * inverse + np.float32(4)),
-    )
-    sixths += np.float32(hue / 60)
-    sixths -= np.float32(6) * (sixths >= 6)
-    sixths += np.float32(6) * (sixths < 0)
-    chroma *= sign * np.float32(saturation)
-    # Distance from the pure channel, 0 within one sixth of it and 1 from two sixths on.
-    distances = (
-        np.clip(np.abs(sixths - np.float32(4)) - 1, 0, 1),
-        np.clip(np.abs(sixths - np.float32(2)) - 1, 0, 1),
-        np.clip(2 - np.abs(sixths - np.float32(3)), 0, 1),
-    )
-    return np.stack([value - chroma * distance for distance in distances])
-
-
-def apply_photometric(
-    image_bgr: Float32[np.ndarray, "height width 3"], draw: PhotometricDraw
-) -> Float32[np.ndarray, "height width 3"]:
-    """Distorts an image as drawn.
-
-    Args:
-      image_bgr: 0..255, before the mean is subtracted.
-      draw: what to do.
-
-    Returns:
-      A new image; values may leave 0..255, as official.
-    """
-    planes = np.ascontiguousarray(np.moveaxis(image_bgr, -1, 0))
-    planes = (planes + np.float32(draw.brightness)) * np.float32(draw.early_contrast)
-    # Where all channels are negative, even the official trip to HSV and back without a change is not neutral.
-    if draw.saturation != 1.0 or draw.hue != 0.0 or planes.min() < 0:
-        planes = _change_colour(planes, draw.saturation, draw.hue)
-    planes *= np.float32(draw.late_contrast)
-    return np.ascontiguousarray(np.moveaxis(planes[list(draw.channel_order)], 0, -1))
-
-
-def photometric_distortion(
-    image_bgr: Float32[np.ndarray, "height width 3"], rng: np.random.Generator, *, swap_channels: bool = True
-) -> Float32[np.ndarray, "height width 3"]:
-    """Distorts brightness, contrast, saturation, hue and channel order of one image at random, as official.
-
-    Args:
-      image_bgr: 0..255, before the mean is subtracted.
-      rng: the source of randomness.
-      swap_channels: see `draw_photometric`.
-
-    Returns:
-      A new image.
-    """
-    return apply_photometric(image_bgr, draw_photometric(rng, swap_channels=swap_channels))
 
 
 def draw_grid_mask(key: PRNGKeyArray, height: int, *, probability: float = GRID_MASK_PROBABILITY) -> Int[Array, "3"]:

@@ -17,16 +17,15 @@ from absl import flags
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from pop3d_jax.data.augment import draw_volume_turn, photometric_distortion
+from pop3d_jax.data.augment import draw_volume_turn
 from pop3d_jax.data.records import KeyFrame, RecordSource
 from pop3d_jax.data.teacher_cache import TeacherCache
 from pop3d_jax.data.visibility import visible_pairs
 from pop3d_jax.geometry import lidar_to_image
-from pop3d_jax.nuscenes import CAMERAS, IMAGE_MEAN_BGR, LIDARSEG_TO_CLASS
+from pop3d_jax.nuscenes import CAMERAS, LIDARSEG_TO_CLASS
 
 # Endless for any training, and still a length that fits an index.
 _EPOCHS = 2**31
-_PAD_MULTIPLE = 32  # the coarsest stride of the backbone, as official
 
 Batch = dict[str, np.ndarray]
 
@@ -36,15 +35,13 @@ class ExampleSettings:
     """How one key frame becomes arrays of fixed shape.
 
     Attributes:
-      image_hw: height and width the six images are resized to before padding; 900 x 1600 leaves nuScenes' alone.
-      teacher_image_hw: size of the images for the teacher, or None when there is no teacher.
+      image_hw: height and width the six images are resized to; 900 x 1600 leaves nuScenes' alone.
+      teacher_image_hw: size of the images for the teacher, or None when there is no teacher; the same as `image_hw`
+        gives both the same array.
       max_points: capacity for lidar points; a sweep of nuScenes has about 34,700.
       max_feature_points: capacity for (point, camera) pairs that the teacher supervises.
       sample_feature_points: above 0, this many of those pairs are drawn at random each time (training only): a
         cheaper step, not a loss of data, since every epoch draws others. 0 takes all.
-      photometric: whether brightness, contrast, saturation and hue are distorted (training).
-      swap_channels: whether that includes a random order of the colour channels, as official. It makes colours
-        meaningless to the student, which is not wanted where phrases name colours.
       volume_flip: whether the volume is mirrored at random left-right and front-back (training). Points and
         calibration change together, the images stay: what lies where changes, how it looks does not.
       volume_rotation: degrees up to which the volume is turned about the lidar's z axis at random (training).
@@ -56,17 +53,9 @@ class ExampleSettings:
     max_points: int
     max_feature_points: int
     sample_feature_points: int = 0
-    photometric: bool = False
-    swap_channels: bool = True
     volume_flip: bool = False
     volume_rotation: float = 0.0
     images: bool = True
-
-    @property
-    def padded_hw(self) -> tuple[int, int]:
-        """Size of the network's input: `image_hw` rounded up to multiples of 32."""
-        height, width = (-(-side // _PAD_MULTIPLE) * _PAD_MULTIPLE for side in self.image_hw)
-        return height, width
 
 
 def decode_image(
@@ -98,42 +87,22 @@ def _resize(image: UInt8[np.ndarray, "h w 3"], hw: tuple[int, int]) -> UInt8[np.
     return np.asarray(Image.fromarray(image).resize((hw[1], hw[0]), Image.Resampling.BILINEAR))
 
 
-def network_image(
-    rgb: UInt8[np.ndarray, "h w 3"],
-    padded_hw: tuple[int, int],
-    rng: np.random.Generator | None,
-    swap_channels: bool = True,
-) -> Float[np.ndarray, "height width 3"]:
-    """RGB pixels to network input: BGR, distorted when `rng` is given, minus the mean, zero-padded bottom and right."""
-    bgr = rgb[..., ::-1].astype(np.float32)
-    if rng is not None:
-        bgr = photometric_distortion(bgr, rng, swap_channels=swap_channels)
-    padded = np.zeros((*padded_hw, 3), np.float32)
-    padded[: rgb.shape[0], : rgb.shape[1]] = bgr - np.asarray(IMAGE_MEAN_BGR, np.float32)
-    return padded
-
-
-def _images(key_frame: KeyFrame, settings: ExampleSettings, rng: np.random.Generator | None) -> tuple[Batch, list]:
-    wanted = [settings.image_hw] + ([settings.teacher_image_hw] if settings.teacher_image_hw else [])
-    at_least = tuple(max(sides) for sides in zip(*wanted, strict=True))
-    pixels, full_sizes = zip(
-        *(
-            decode_image(jpeg, at_least, f"sample {key_frame.sample_token}, {camera}")
-            for jpeg, camera in zip(key_frame.images, CAMERAS, strict=True)
-        ),
-        strict=True,
-    )
-    arrays = {
-        "images": np.stack(
-            [
-                network_image(_resize(image, settings.image_hw), settings.padded_hw, rng, settings.swap_channels)
-                for image in pixels
-            ]
-        )
-    }
-    if settings.teacher_image_hw:
-        arrays["teacher_images"] = np.stack([_resize(image, settings.teacher_image_hw) for image in pixels])
-    return arrays, list(full_sizes)
+def _images(key_frame: KeyFrame, settings: ExampleSettings) -> tuple[Batch, list]:
+    """The six images, each decoded once."""
+    height, width = settings.image_hw
+    apart = settings.teacher_image_hw not in (None, settings.image_hw)
+    at_least = tuple(max(sides) for sides in zip(settings.image_hw, settings.teacher_image_hw or (0, 0), strict=True))
+    arrays = {"images": np.empty((len(key_frame.images), height, width, 3), np.uint8)}
+    if apart:
+        arrays["teacher_images"] = np.empty((len(key_frame.images), *settings.teacher_image_hw, 3), np.uint8)
+    sizes = []
+    for number, (jpeg, camera) in enumerate(zip(key_frame.images, CAMERAS, strict=True)):
+        pixels, full_hw = decode_image(jpeg, at_least, f"sample {key_frame.sample_token}, {camera}")
+        arrays["images"][number] = _resize(pixels, settings.image_hw)
+        if apart:
+            arrays["teacher_images"][number] = _resize(pixels, settings.teacher_image_hw)
+        sizes.append(full_hw)
+    return arrays, sizes
 
 
 def _image_sizes(key_frame: KeyFrame) -> list[tuple[int, int]]:
@@ -166,14 +135,15 @@ def make_example(
     Args:
       key_frame: the record.
       settings: sizes and capacities.
-      rng: source of the photometric distortion, of the volume's turn and of the sample of feature points, where the
-        settings ask for them; None for evaluation.
+      rng: source of the volume's turn and of the sample of feature points, where the settings ask for them; None for
+        evaluation.
       cached_features: what the teacher says at all visible pairs, from a `TeacherCache`.
 
     Returns:
-      images [6, H, W, 3] float32; teacher_images [6, h, w, 3] uint8 RGB; lidar_to_image [6, 4, 4] float32 for the
-      resized images; points [n, 3] float32 metres (lidar frame), point_labels [n] uint8 (classes 0..16; 0 where
-      the dataset has none), point_mask [n]; feature_points [m, 3], feature_cameras [m] int32, feature_pixels [m, 2]
+      images [6, H, W, 3] uint8 RGB (`network_images` makes network input of them); teacher_images [6, h, w, 3] likewise
+      where the teacher sees another size; lidar_to_image [6, 4, 4] float32 for the resized images; points [n, 3]
+      float32 metres (lidar frame), point_labels [n] uint8 (classes 0..16; 0 where the dataset has none), point_mask
+      [n]; feature_points [m, 3], feature_cameras [m] int32, feature_pixels [m, 2]
       float32 (row, column of the pixel's centre as fractions of the image), feature_mask [m], and, from a cache,
       feature_targets [m, dim]; has_labels, and points_left_out / feature_points_left_out: how many did not fit into
       the capacities.
@@ -182,7 +152,7 @@ def make_example(
       ValueError: an image cannot be decoded, or the cached features are not those of this key frame.
     """
     if settings.images:
-        arrays, sizes = _images(key_frame, settings, rng if settings.photometric else None)
+        arrays, sizes = _images(key_frame, settings)
     else:
         arrays, sizes = {}, _image_sizes(key_frame)
     if len(set(sizes)) != 1:
@@ -340,8 +310,6 @@ def evaluation_batches(
     Args and errors as in `training_batches`.
     """
     local = _check_shards(batch_size, host, hosts)
-    if settings.photometric:
-        raise ValueError("evaluation reads images undistorted: settings.photometric must be False")
     padded = -(-len(source) // batch_size) * batch_size
     dataset = (
         grain.MapDataset.range(padded)

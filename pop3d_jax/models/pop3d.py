@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from pop3d_jax.models.heads import Pop3DOutput, TPVHeads
 from pop3d_jax.models.resnet import ResNet
 from pop3d_jax.models.tpv import Capture, TPVEncoder
 from pop3d_jax.ops.deformable_attention import Implementation
+from pop3d_jax.ops.deformable_conv import Implementation as ConvolutionImplementation
 from pop3d_jax.sharding import per_device
 
 _TRIPLES = (
@@ -24,6 +25,9 @@ _TRIPLES = (
     "cross_attention_points",
     "upscale",
 )
+# The backbone's four stages, and the encoder's layers.
+_REMAT_BLOCKS = ("layer1", "layer2", "layer3", "layer4", "encoder")
+_REMAT_NAMES = {"none": (), "encoder": ("encoder",), "all": _REMAT_BLOCKS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Pop3DConfig:
 
     Triples follow (x, y, z), those of ``cross_attention_*`` the planes (hw, zh, wz). ``grid_mask`` says that training
     hides stripes of the images; the training step does it, the network does not know. ``remat`` says what the backward
-    pass computes again instead of remembering: nothing, the encoder's layers, or those and the backbone's blocks.
+    pass computes again instead of remembering: "none", the "encoder"'s layers, "all" (those and the backbone's residual
+    blocks), or a list such as "layer3,layer4,encoder" of the backbone's stages and the encoder.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -65,7 +70,8 @@ class Pop3DConfig:
     feature_decoder_layers: int = 2
     upscale: Sequence[int] = (1, 1, 1)
     grid_mask: bool = True
-    attention_implementation: Implementation = "gather"
+    convolution_implementation: ConvolutionImplementation | Literal["auto"] = "auto"
+    attention_implementation: Implementation | Literal["auto"] = "auto"
     compute_dtype: str = "float32"
     remat: str = "encoder"
 
@@ -87,10 +93,19 @@ class Pop3DConfig:
                     f"model.cross_attention_points = {self.cross_attention_points} must be multiples of "
                     f"cross_attention_anchors = {self.cross_attention_anchors}"
                 )
-        if self.remat not in ("none", "encoder", "all"):
-            raise ValueError(f"model.remat = {self.remat!r} must be 'none', 'encoder' or 'all'")
+        unknown = self.rematerialised - set(_REMAT_BLOCKS)
+        if unknown:
+            raise ValueError(
+                f"model.remat = {self.remat!r} must be {', '.join(map(repr, _REMAT_NAMES))}, or a list of blocks "
+                f"such as 'layer3,layer4,encoder' from {', '.join(_REMAT_BLOCKS)}"
+            )
         if self.decoder_layers < 1 or self.feature_decoder_layers < 1:
             raise ValueError("model.decoder_layers and model.feature_decoder_layers must be at least 1")
+
+    @property
+    def rematerialised(self) -> frozenset[str]:
+        """Blocks that the backward pass computes again."""
+        return frozenset(_REMAT_NAMES.get(self.remat, tuple(name.strip() for name in self.remat.split(","))))
 
 
 class Pop3D(nnx.Module):
@@ -105,7 +120,8 @@ class Pop3D(nnx.Module):
             width=config.backbone_width,
             deformable_stages=config.deformable_stages,
             dtype=dtype,
-            remat=config.remat == "all",
+            implementation=config.convolution_implementation,
+            remat=tuple(stage in config.rematerialised for stage in _REMAT_BLOCKS[:4]),
             rngs=rngs,
         )
         self.neck = FPN(self.backbone.out_channels, config.embed_dims, config.num_levels, dtype=dtype, rngs=rngs)
@@ -123,7 +139,7 @@ class Pop3D(nnx.Module):
             cross_attention_points=config.cross_attention_points,
             feedforward_dims=config.feedforward_dims,
             dropout_rate=config.dropout,
-            remat=config.remat != "none",
+            remat="encoder" in config.rematerialised,
             implementation=config.attention_implementation,
             dtype=dtype,
             rngs=rngs,

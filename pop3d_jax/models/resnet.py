@@ -4,6 +4,7 @@ Names of the parts are those of the official state dict, so that converting weig
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from pop3d_jax.models.batch_norm import FrozenBatchNorm
-from pop3d_jax.ops.deformable_conv import deformable_conv2d
+from pop3d_jax.ops.deformable_conv import Implementation, deformable_conv2d
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 _EXPANSION = 4  # a block's output has four times the channels of its middle
@@ -65,10 +66,12 @@ class DeformableConv(nnx.Module):
         out_channels: int,
         *,
         stride: int = 1,
+        implementation: Implementation | Literal["auto"] = "auto",
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         self.stride = stride
+        self.implementation = implementation
         self.dtype = dtype
         self.kernel = nnx.Param(_he_normal(rngs.params(), (3, 3, channels, out_channels)))
         self.conv_offset = nnx.Conv(
@@ -90,7 +93,15 @@ class DeformableConv(nnx.Module):
         offset = predicted[..., :18].reshape(*predicted.shape[:3], 9, 2)
         mask = jax.nn.sigmoid(predicted[..., 18:])
         kernel = self.kernel[...].astype(self.dtype)
-        return deformable_conv2d(x.astype(self.dtype), offset, mask, kernel, stride=self.stride, padding=1)
+        return deformable_conv2d(
+            x.astype(self.dtype),
+            offset,
+            mask,
+            kernel,
+            stride=self.stride,
+            padding=1,
+            implementation=self.implementation,
+        )
 
 
 class Bottleneck(nnx.Module):
@@ -103,6 +114,7 @@ class Bottleneck(nnx.Module):
         *,
         stride: int = 1,
         deformable: bool = False,
+        implementation: Implementation | Literal["auto"] = "auto",
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -110,7 +122,7 @@ class Bottleneck(nnx.Module):
         self.conv1 = _conv(channels, middle, 1, stride=stride, dtype=dtype, rngs=rngs)
         self.bn1 = FrozenBatchNorm(middle)
         if deformable:
-            self.conv2 = DeformableConv(middle, middle, dtype=dtype, rngs=rngs)
+            self.conv2 = DeformableConv(middle, middle, implementation=implementation, dtype=dtype, rngs=rngs)
         else:
             self.conv2 = _conv(middle, middle, 3, dtype=dtype, rngs=rngs)
         self.bn2 = FrozenBatchNorm(middle)
@@ -164,7 +176,8 @@ class ResNet(nnx.Module):
         width: int = 64,
         deformable_stages: Sequence[bool] = (False, False, True, True),
         dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: Sequence[bool] = (False, False, False, False),
+        implementation: Implementation | Literal["auto"] = "auto",
         rngs: nnx.Rngs,
     ) -> None:
         """Builds the network.
@@ -175,7 +188,9 @@ class ResNet(nnx.Module):
           width: channels of the stem; every other number of channels follows it.
           deformable_stages: which of the four stages use deformable convolutions.
           dtype: type of the computation; parameters are float32.
-          remat: whether every block is computed again in the backward pass: less memory, a third more time.
+          remat: in which of the four stages every block is computed again in the backward pass: less memory, a third
+            more time.
+          implementation: of the deformable convolutions.
           rngs: for the initial weights.
 
         Raises:
@@ -189,10 +204,11 @@ class ResNet(nnx.Module):
             blocks = BLOCKS[depth]
         if len(blocks) != 4 or min(blocks) < 1:
             raise ValueError(f"blocks {tuple(blocks)}: a ResNet has four stages of at least one block")
-        if len(deformable_stages) != 4:
-            raise ValueError(f"deformable_stages {tuple(deformable_stages)}: a ResNet has four stages")
+        for name, stages in (("deformable_stages", deformable_stages), ("remat", remat)):
+            if len(stages) != 4:
+                raise ValueError(f"{name} {tuple(stages)}: a ResNet has four stages")
         self.dtype = dtype
-        self.remat = remat
+        self.remat = tuple(remat)
         self.out_channels = tuple(width * 2**stage * _EXPANSION for stage in (1, 2, 3))
         self.conv1 = _conv(3, width, 7, stride=2, dtype=dtype, rngs=rngs)
         self.bn1 = FrozenBatchNorm(width)
@@ -207,6 +223,7 @@ class ResNet(nnx.Module):
                         middle,
                         stride=2 if stage > 0 and index == 0 else 1,
                         deformable=deformable,
+                        implementation=implementation,
                         dtype=dtype,
                         rngs=rngs,
                     )
@@ -233,9 +250,9 @@ class ResNet(nnx.Module):
         x = images.astype(self.dtype)
         x = _max_pool(jax.nn.relu(self.bn1(self.conv1(x), calibrate)))
         outputs = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for layer, remat in zip((self.layer1, self.layer2, self.layer3, self.layer4), self.remat, strict=True):
             for block in layer:
                 # A checkpointed function must be pure, and calibration changes the block.
-                x = _rematerialised(block, x) if self.remat and not calibrate else block(x, calibrate)
+                x = _rematerialised(block, x) if remat and not calibrate else block(x, calibrate)
             outputs.append(x)
         return tuple(outputs[1:])

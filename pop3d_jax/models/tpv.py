@@ -1,6 +1,6 @@
 """The TPV encoder: six cameras' feature pyramids into three planes through the volume (Huang et al. 2023)."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ class TPVLayer(nnx.Module):
         feedforward_dims: int,
         *,
         dropout_rate: float,
-        implementation: Implementation,
+        implementation: Implementation | Literal["auto"],
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
@@ -150,7 +150,7 @@ class TPVEncoder(nnx.Module):
         feedforward_dims: int,
         dropout_rate: float,
         remat: bool,
-        implementation: Implementation,
+        implementation: Implementation | Literal["auto"],
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from pop3d_jax.ops.deformable_attention import (
     attend_prepared,
     deformable_attention,
     prepare_values,
+    resolve,
 )
 from pop3d_jax.sharding import per_device, sum_over_views
 
@@ -66,7 +68,7 @@ class HybridSelfAttention(nnx.Module):
         points: int,
         *,
         dropout_rate: float,
-        implementation: Implementation,
+        implementation: Implementation | Literal["auto"],
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
@@ -121,7 +123,7 @@ class ImageCrossAttention(nnx.Module):
         points: tuple[int, int, int],
         *,
         dropout_rate: float,
-        implementation: Implementation,
+        implementation: Implementation | Literal["auto"],
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
@@ -180,7 +182,7 @@ class ImageCrossAttention(nnx.Module):
 
 def _attend_plane(
     shape: tuple[int, int],
-    implementation: Implementation,
+    implementation: Implementation | Literal["auto"],
     values: Float[Array, "batch tokens heads head_channels"],
     locations: Float[Array, "batch tokens heads 1 points 2"],
     weights: Float[Array, "batch tokens heads 1 points"],
@@ -190,7 +192,7 @@ def _attend_plane(
 
 def _attend_views(
     spatial_shapes: SpatialShapes,
-    implementation: Implementation,
+    implementation: Implementation | Literal["auto"],
     values: Float[Array, "batch camera texels heads head_channels"],
     offsets: Float[Array, "batch tokens heads levels points 2"],
     weights: Float[Array, "batch tokens heads levels points"],
@@ -211,6 +213,7 @@ def _attend_views(
     needed = view.hit.sum(-1).max()
     per_anchor = weights.shape[-1] // view.anchors.shape[-2]
 
+    implementation = resolve(implementation, values.shape[2], (size, *weights.shape[2:]))
     prepared = prepare_values(values, spatial_shapes, implementation)
 
     def attend(chosen: Array) -> Array:

@@ -1,6 +1,6 @@
 """Multi-scale deformable attention: every query reads a few weighted bilinear samples of several feature maps.
 
-Four implementations of one function, tested against each other:
+Five implementations of one function, tested against each other:
 
 * ``reference``: the definition, all samples at once. Short, and hungry for memory.
 * ``gather``: one row gather per sample corner. The rows are read a few samples at a time and summed on the
@@ -9,12 +9,16 @@ Four implementations of one function, tested against each other:
   four times as long (with 32 channels a head they fill the 128 lanes of a TPU, which pads them to that anyway).
 * ``matmul``: the samples become a sparse [queries, height x width] matrix that multiplies the map. No gather
   and no scatter, many more multiplications: for accelerators whose gathers are slow, or for tiny maps.
+* ``pallas``: the same inside a kernel for TPUs that keeps the matrix on the chip; interpreted, very slowly, elsewhere.
+
+``auto`` takes the one that was measured to be the fastest at the nearest shape (`choice.py`).
 
 All keep the batch axes as axes of one program, so that they may be sharded. `benchmarks/deformable_attention.py` tells
 what each costs.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -23,7 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-Implementation = Literal["reference", "gather", "packed", "matmul"]
+from pop3d_jax.ops.choice import fastest
+from pop3d_jax.ops.deformable_attention_pallas import sample_map
+
+Implementation = Literal["reference", "gather", "packed", "matmul", "pallas"]
 SpatialShapes = tuple[tuple[int, int], ...]
 
 # Corners read per step of the gather loop. More only costs memory; fewer makes the loop the cost.
@@ -38,7 +45,7 @@ def deformable_attention(
     sampling_locations: Float[Array, "*batch queries heads levels points 2"],
     attention_weights: Float[Array, "*batch queries heads levels points"],
     *,
-    implementation: Implementation = "gather",
+    implementation: Implementation | Literal["auto"] = "auto",
 ) -> Float[Array, "*batch queries heads channels"]:
     """Weighted sum of bilinear samples; the function of mmcv's ``multi_scale_deformable_attn_pytorch``.
 
@@ -62,10 +69,22 @@ def deformable_attention(
             f"spatial_shapes {spatial_shapes} must describe the {tokens} tokens of values and the {levels} levels "
             "of sampling_locations"
         )
+    implementation = resolve(implementation, tokens, attention_weights.shape[-4:])
     prepared = prepare_values(values, spatial_shapes, implementation)
     return attend_prepared(
         prepared, spatial_shapes, sampling_locations, attention_weights, implementation=implementation
     )
+
+
+def resolve(
+    implementation: Implementation | Literal["auto"], texels: int, weights_shape: tuple[int, ...]
+) -> Implementation:
+    """An implementation's name; for "auto" that of the fastest for [queries, heads, levels, points] on the platform."""
+    if implementation != "auto":
+        return implementation
+    queries, *samples = weights_shape
+    sizes = {"queries": queries, "texels": texels, "samples": math.prod(samples)}
+    return fastest("deformable_attention", "gather", sizes)
 
 
 def prepare_values(
@@ -242,6 +261,27 @@ def _attend_by_matmul(
     return results.reshape(-1, *results.shape[2:])[:queries]
 
 
+def _attend_by_pallas(
+    spatial_shapes: SpatialShapes,
+    values: Float[Array, "tokens heads channels"],
+    locations: Float[Array, "queries heads levels points 2"],
+    weights: Float[Array, "queries heads levels points"],
+) -> Float[Array, "queries heads channels"]:
+    """One item: the levels' kernels, summed."""
+    result = jnp.float32(0.0)
+    start = 0
+    for level, (height, width) in enumerate(spatial_shapes):
+        feature_map = values[start : start + height * width].reshape(height, width, *values.shape[1:])
+        result += sample_map(
+            jnp.transpose(feature_map, (2, 0, 3, 1)),
+            jnp.swapaxes(_texel(locations[:, :, level, :, 0], width), 0, 1),
+            jnp.swapaxes(_texel(locations[:, :, level, :, 1], height), 0, 1),
+            jnp.swapaxes(weights[:, :, level], 0, 1),
+        )
+        start += height * width
+    return jnp.swapaxes(result, 0, 1)
+
+
 def _texel(location: Float[Array, "*shape"], size: int | Int[np.ndarray, "..."]) -> Float[Array, "*shape"]:
     """Location in [0, 1] to texels (centres at integers), clipped to a little more than the map.
 
@@ -340,4 +380,5 @@ _PER_ITEM: dict[str, Callable[..., Array]] = {
     "gather": _attend_by_gather,
     "packed": _attend_by_packed_rows,
     "matmul": _attend_by_matmul,
+    "pallas": _attend_by_pallas,
 }

@@ -1,26 +1,31 @@
 """Modulated deformable convolution (DCNv2), channels-last, for one deformable group.
 
-Two implementations of one definition. "taps" is the one to use: it walks over the taps of the kernel, so that the
+Three implementations of one definition. "taps" walks over the taps of the kernel, so that the
 sampled columns of one tap are all that ever exists, forwards and backwards, and it works on every image at once, so
-that a batch may be spread over devices. "reference" samples all taps at once and leaves the gradient to JAX: short,
-memory-hungry, and there to test the first one against.
+that a batch may be spread over devices. "matmul" samples by multiplying the map with a matrix of bilinear coefficients,
+some positions at a time: no gather and no scatter, many more multiplications, for accelerators whose gathers are slow.
+"reference" samples all taps at once and leaves the gradient to JAX: short, memory-hungry, and there to test against.
+"auto" takes the one that was measured to be the fastest at the nearest shape (`choice.py`).
 
-Measured in `benchmarks/backbone_memory.py`.
+Measured in `benchmarks/deformable_conv.py` and, within the backbone, `benchmarks/backbone_memory.py`.
 """
 
 import functools
 import itertools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pop3d_jax.ops.choice import fastest
 from pop3d_jax.ops.grid_sample import take_rows
 
-Implementation = Literal["taps", "reference"]
+Implementation = Literal["taps", "matmul", "reference"]
 _Geometry = tuple[int, int, int]  # stride, padding, dilation
+# Positions whose coefficient matrix exists at a time.
+_MATMUL_POSITIONS = 128
 
 
 def deformable_conv2d(
@@ -32,7 +37,7 @@ def deformable_conv2d(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
-    implementation: str = "taps",
+    implementation: str = "auto",
 ) -> Float[Array, "image out_height out_width out_channel"]:
     """A convolution whose taps are moved by `offset` and weighted by `mask`.
 
@@ -47,7 +52,7 @@ def deformable_conv2d(
       stride: of the output grid, in cells.
       padding: zeros around the map, in cells, all sides.
       dilation: distance between taps, in cells.
-      implementation: "taps" or "reference".
+      implementation: see the module.
 
     Returns:
       The convolved maps, in the type of `x`.
@@ -67,11 +72,17 @@ def deformable_conv2d(
             f"padding {padding}, dilation {dilation}"
         )
     geometry = (stride, padding, dilation)
+    if implementation == "auto":
+        sizes = {"images": x.shape[0], "cells": x.shape[1] * x.shape[2], "channels": x.shape[3]}
+        implementation = fastest("deformable_conv2d", "taps", sizes)
     if implementation == "taps":
         return _convolve_by_taps(x, offset, mask, kernel, geometry)
+    if implementation == "matmul":
+        return _convolve_by_matmul(x, offset, mask, kernel, geometry)
     if implementation == "reference":
         return _convolve_reference(x, offset, mask, kernel, geometry)
-    raise ValueError(f'deformable_conv2d: implementation {implementation!r}; choose "taps" or "reference"')
+    known = (*get_args(Implementation), "auto")
+    raise ValueError(f"deformable_conv2d: implementation {implementation!r}; choose from {known}")
 
 
 def _positions(
@@ -110,6 +121,52 @@ def _convolve_reference(
         sampled = sampled + value * (weight * (on_map & inside))[..., None]
     columns = sampled * mask[..., None]
     return jnp.einsum("nhwtc,tco->nhwo", columns, kernel.reshape(-1, channels, kernel.shape[-1])).astype(x.dtype)
+
+
+def _convolve_by_matmul(
+    x: jax.Array, offset: jax.Array, mask: jax.Array, kernel: jax.Array, geometry: _Geometry
+) -> jax.Array:
+    """For some positions at a time: [position x tap, height x width] coefficients times the map, times the kernel."""
+    _, height, width, channels = x.shape
+    row, column, inside = _positions(x, offset, kernel.shape[:2], geometry)
+    row, column = jnp.where(inside, row, 0), jnp.where(inside, column, 0)
+    weight = jnp.where(inside, mask, 0).astype(row.dtype)
+    positions, taps = row.shape[1] * row.shape[2], row.shape[3]
+    tap_kernels = kernel.reshape(taps, channels, -1)
+    accumulator_type = jnp.promote_types(x.dtype, jnp.float32)
+    size = min(_MATMUL_POSITIONS, positions)
+    chunks = -(-positions // size)
+
+    def triangle(position: jax.Array, length: int) -> jax.Array:
+        floor = jax.lax.stop_gradient(jnp.floor(position))
+        fraction = (position - floor)[..., None]
+        cell = jnp.arange(length, dtype=position.dtype)
+        near, far = cell == floor[..., None], cell == floor[..., None] + 1
+        return jnp.where(near, 1 - fraction, 0) + jnp.where(far, fraction, 0)
+
+    def convolve_image(image: jax.Array, *where: jax.Array) -> jax.Array:
+        table = image.reshape(height * width, channels)
+
+        # The matrices are made again in the backward pass, not remembered.
+        @jax.checkpoint
+        def convolve(total: None, chunk: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+            row, column, weight = chunk
+            along_y = triangle(row, height) * weight[..., None]
+            coefficients = along_y[..., None] * triangle(column, width)[..., None, :]
+            coefficients = coefficients.reshape(size * taps, height * width).astype(x.dtype)
+            columns = jnp.dot(coefficients, table, precision="highest").reshape(size, taps, channels)
+            return total, jnp.einsum("ptc,tco->po", columns, tap_kernels, preferred_element_type=accumulator_type)
+
+        padded = [
+            jnp.pad(array.reshape(positions, taps), ((0, chunks * size - positions), (0, 0))).reshape(
+                chunks, size, taps
+            )
+            for array in where
+        ]
+        return jax.lax.scan(convolve, None, tuple(padded))[1].reshape(chunks * size, -1)[:positions]
+
+    result = jax.vmap(convolve_image)(x, row, column, weight)
+    return result.reshape(*offset.shape[:3], -1).astype(x.dtype)
 
 
 def _tables(

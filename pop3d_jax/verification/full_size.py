@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32, UInt8
 
-from pop3d_jax.data.pipeline import decode_image, network_image
+from pop3d_jax.data.pipeline import decode_image
+from pop3d_jax.images import network_images
 from pop3d_jax.models.heads import Pop3DOutput
 from pop3d_jax.models.pop3d import Pop3D, Pop3DConfig
 from pop3d_jax.models.tpv_geometry import PLANES
@@ -44,8 +45,7 @@ def full_size(golden_file: GoldenFile) -> Iterator[Check]:
     volume = Volume(Pop3DConfig().volume_minimum, Pop3DConfig().volume_maximum, Pop3DConfig().grid_size)
 
     pictures = _decoded(samples)
-    padded_hw = tuple(int(side) for side in golden["img_input_shape"][-2:])
-    images = np.stack([network_image(picture, padded_hw, None) for picture in pictures])
+    images = np.asarray(network_images(jnp.asarray(np.stack(pictures))))
     (sweep_file,) = sorted((samples / "LIDAR_TOP").glob("*.bin"))
     sweep = sweep_file.read_bytes()
     points = np.frombuffer(sweep, np.float32).reshape(int(golden["n_points"]), -1)[:, :3]

@@ -13,11 +13,13 @@ from data_prep.split_build import build_split
 from pop3d_jax.data import pipeline
 from pop3d_jax.data.records import RecordSource
 from pop3d_jax.geometry import lidar_to_image, project
-from pop3d_jax.nuscenes import IMAGE_MEAN_BGR, LIDARSEG_TO_CLASS
+from pop3d_jax.nuscenes import LIDARSEG_TO_CLASS
 
 SETTINGS = pipeline.ExampleSettings(
-    image_hw=IMAGE_HW, teacher_image_hw=(18, 32), max_points=400, max_feature_points=900, photometric=True
+    image_hw=IMAGE_HW, teacher_image_hw=(18, 32), max_points=400, max_feature_points=900
 )
+# Everything that a training draws on the host.
+DRAWN = dataclasses.replace(SETTINGS, sample_feature_points=50, volume_flip=True, volume_rotation=10.0)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +50,8 @@ def assert_equal(left, right):
 
 def test_the_shapes_are_those_of_the_settings(source):
     (batch,) = first(pipeline.training_batches(source, SETTINGS, batch_size=2, seed=0), 1)
-    padded = SETTINGS.padded_hw
-    assert padded == (64, 64)
-    assert batch["images"].shape == (2, 6, *padded, 3)
-    assert batch["images"].dtype == np.float32
+    assert batch["images"].shape == (2, 6, *IMAGE_HW, 3)
+    assert batch["images"].dtype == np.uint8
     assert batch["teacher_images"].shape == (2, 6, 18, 32, 3)
     assert batch["teacher_images"].dtype == np.uint8
     assert batch["lidar_to_image"].shape == (2, 6, 4, 4)
@@ -69,17 +69,17 @@ def test_every_epoch_is_a_shuffle_of_all_records(source):
 
 
 def test_resuming_at_a_step_gives_its_batch_bit_for_bit(source):
-    unbroken = first(pipeline.training_batches(source, SETTINGS, batch_size=2, seed=5), 7)
+    unbroken = first(pipeline.training_batches(source, DRAWN, batch_size=2, seed=5), 7)
     for start in (1, 4, 6):
-        (resumed,) = first(pipeline.training_batches(source, SETTINGS, batch_size=2, seed=5, start_step=start), 1)
+        (resumed,) = first(pipeline.training_batches(source, DRAWN, batch_size=2, seed=5, start_step=start), 1)
         assert_equal(resumed, unbroken[start])
 
 
 def test_hosts_together_hold_what_one_host_would(source):
     for hosts in (2, 4):
-        one = first(pipeline.training_batches(source, SETTINGS, batch_size=4, seed=6), 5)
+        one = first(pipeline.training_batches(source, DRAWN, batch_size=4, seed=6), 5)
         parts = [
-            first(pipeline.training_batches(source, SETTINGS, batch_size=4, seed=6, host=host, hosts=hosts), 5)
+            first(pipeline.training_batches(source, DRAWN, batch_size=4, seed=6, host=host, hosts=hosts), 5)
             for host in range(hosts)
         ]
         for step, whole in enumerate(one):
@@ -95,7 +95,7 @@ from pop3d_jax.data.records import RecordSource
 
 if __name__ == "__main__":
     records, workers = sys.argv[1], int(sys.argv[2])
-    settings = ExampleSettings((36, 64), (18, 32), 400, 900, photometric=True)
+    settings = ExampleSettings((36, 64), (18, 32), 400, 900, 50, volume_flip=True, volume_rotation=10.0)
     batches = training_batches(
         RecordSource(records, "mini_train"), settings, batch_size=2, seed=7, start_step=3, workers=workers
     )
@@ -128,15 +128,13 @@ def test_a_restart_with_any_number_of_workers_gives_the_same_batches(records, so
 
 
 def test_evaluation_reads_every_record_once_and_marks_the_filling(source):
-    settings = dataclasses.replace(SETTINGS, photometric=False, teacher_image_hw=None)
+    settings = dataclasses.replace(SETTINGS, teacher_image_hw=None)
     batches = list(pipeline.evaluation_batches(source, settings, batch_size=3))
     assert "teacher_images" not in batches[0]
     index = np.concatenate([batch["record_index"] for batch in batches])
     valid = np.concatenate([batch["valid"] for batch in batches])
     assert len(index) == 9
     assert index[valid].tolist() == list(range(8))
-    with pytest.raises(ValueError, match="undistorted"):
-        pipeline.evaluation_batches(source, SETTINGS, batch_size=3)
 
 
 def test_a_batch_that_does_not_divide_among_hosts_is_refused(source):
@@ -146,20 +144,24 @@ def test_a_batch_that_does_not_divide_among_hosts_is_refused(source):
         pipeline.training_batches(source, SETTINGS, batch_size=4, seed=0, host=2, hosts=2)
 
 
-def test_an_undistorted_image_is_bgr_minus_the_mean_padded_with_zeros(source):
+def test_images_are_decoded_once_for_student_and_teacher(source, monkeypatch):
     key_frame = source[0]
-    example = pipeline.make_example(key_frame, dataclasses.replace(SETTINGS, photometric=False), None)
+    decoded = []
+    decode = pipeline.decode_image
+    monkeypatch.setattr(pipeline, "decode_image", lambda *arguments: decoded.append(arguments) or decode(*arguments))
+    example = pipeline.make_example(key_frame, SETTINGS, None)
+    assert len(decoded) == 6
     rgb = np.asarray(Image.open(io.BytesIO(key_frame.images[2])))
-    height, width = IMAGE_HW
-    expected = rgb[..., ::-1].astype(np.float32) - np.array(IMAGE_MEAN_BGR, np.float32)
-    np.testing.assert_array_equal(example["images"][2, :height, :width], expected)
-    assert not example["images"][2, height:].any()
-    assert not example["images"][2, :, width:].any()
+    np.testing.assert_array_equal(example["images"][2], rgb)
+    # Where both see the same size, there is one array for both.
+    same = pipeline.make_example(key_frame, dataclasses.replace(SETTINGS, teacher_image_hw=IMAGE_HW), None)
+    assert "teacher_images" not in same
+    np.testing.assert_array_equal(same["images"], example["images"])
 
 
 def test_resized_images_come_with_matching_matrices(source):
     key_frame = source[0]
-    half = dataclasses.replace(SETTINGS, image_hw=(18, 32), photometric=False)
+    half = dataclasses.replace(SETTINGS, image_hw=(18, 32))
     example = pipeline.make_example(key_frame, half, None)
     point = np.array([[1.0, 2.0, 3.0]])
     for camera in range(6):
@@ -200,7 +202,7 @@ def test_a_damaged_image_names_its_sample_and_camera(source):
 
 
 def test_a_turned_volume_looks_the_same_to_the_cameras(source):
-    still = dataclasses.replace(SETTINGS, photometric=False)
+    still = SETTINGS
     turned = dataclasses.replace(still, volume_flip=True, volume_rotation=20.0)
     # Evaluation never turns, whatever the settings say.
     assert_equal(pipeline.make_example(source[0], turned, None), pipeline.make_example(source[0], still, None))

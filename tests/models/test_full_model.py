@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pop3d_jax.data.pipeline import decode_image, network_image
+from pop3d_jax.data.pipeline import decode_image
+from pop3d_jax.images import network_images
 from pop3d_jax.models.pop3d import Pop3D, Pop3DConfig
 from pop3d_jax.nuscenes import CAMERAS
 from pop3d_jax.official_weights import computed_buffers, state_dict_to_model
@@ -44,8 +45,9 @@ def decoded(golden_file):
 
 @pytest.fixture(scope="module")
 def images(decoded, golden):
-    padded_hw = tuple(int(side) for side in golden["img_input_shape"][-2:])
-    return np.stack([network_image(pixels, padded_hw, None) for pixels in decoded])
+    padded = np.asarray(network_images(jnp.asarray(decoded)))
+    assert padded.shape[1:3] == tuple(golden["img_input_shape"][-2:])
+    return padded
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,8 @@ def test_published_network_has_the_published_sizes():
         ({"grid_size": (10, 10)}, "grid_size"),
         ({"embed_dims": 18, "num_heads": 4}, "embed_dims"),
         ({"cross_attention_points": (8, 60, 64)}, "cross_attention_points"),
-        ({"remat": "some"}, "remat"),
+        ({"remat": "some"}, "remat = 'some' must be 'none', 'encoder', 'all', or a list of blocks"),
+        ({"remat": "layer3,layer5"}, "from layer1, layer2, layer3, layer4, encoder"),
         ({"decoder_layers": 0}, "decoder_layers"),
     ],
 )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.measure import absent_chip
 from pop3d_jax.ops.deformable_attention import Implementation, deformable_attention
 
 IMPLEMENTATIONS = get_args(Implementation)
@@ -80,3 +81,20 @@ def test_no_array_of_queries_by_samples_by_channels_exists(implementation):
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(values, locations, weights).compile()
     all_rows = weights.size * 4 * values.shape[-1] * 4
     assert compiled.memory_analysis().temp_size_in_bytes < all_rows / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x2", "v6e:4x4"])
+def test_the_kernels_compile_for_tpus(topology):
+    """Mosaic takes forward and backward kernel; nothing is run."""
+    pytest.importorskip("libtpu", reason="needs the extra: pip install 'pop3d-jax[tpu]'")
+    place = absent_chip(topology)
+    shapes, *arguments = _random_case(0, batch=(), queries=70, points=8, channels=32, shapes=((29, 50), (3, 5)))
+    shaped = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place) for array in arguments]
+
+    def total(*arrays):
+        return (deformable_attention(arrays[0], shapes, *arrays[1:], implementation="pallas") ** 2).sum()
+
+    text = jax.jit(jax.grad(total, (0, 1, 2))).lower(*shaped).compile().as_text()
+    # Forward and backward, of each of the two levels.
+    assert text.count('custom_call_target="tpu_custom_call"') == 4

@@ -1,4 +1,5 @@
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pop3d_jax.ops.deformable_conv import deformable_conv2d
+from pop3d_jax.ops.deformable_conv import Implementation, deformable_conv2d
 
 
 def _close(actual, expected, relative):
@@ -48,11 +49,12 @@ def _output_and_gradients(implementation, stride, padding, dilation):
 @given(st.integers(0, 10_000), st.sampled_from([0.5, 4.0]))
 def test_implementations_agree(kernel_hw, stride, padding, dilation, seed, scale):
     inputs = _random_inputs(seed, kernel_hw=kernel_hw, stride=stride, padding=padding, dilation=dilation, scale=scale)
-    gradients, output = _output_and_gradients("taps", stride, padding, dilation)(*inputs)
     expected_gradients, expected_output = _output_and_gradients("reference", stride, padding, dilation)(*inputs)
-    _close(output, expected_output, 1e-5)
-    for gradient, expected in zip(gradients, expected_gradients, strict=True):
-        _close(gradient, expected, 2e-5)
+    for implementation in ("taps", "matmul"):
+        gradients, output = _output_and_gradients(implementation, stride, padding, dilation)(*inputs)
+        _close(output, expected_output, 1e-5)
+        for gradient, expected in zip(gradients, expected_gradients, strict=True):
+            _close(gradient, expected, 2e-5)
 
 
 def test_without_offsets_it_is_a_convolution_with_no_gradient_from_the_frame():
@@ -68,7 +70,7 @@ def test_without_offsets_it_is_a_convolution_with_no_gradient_from_the_frame():
 
 
 @pytest.mark.parametrize("value", [1e9, -1e9, np.inf, np.nan])
-@pytest.mark.parametrize("implementation", ["taps", "reference"])
+@pytest.mark.parametrize("implementation", get_args(Implementation))
 def test_undefined_positions_read_nothing(value, implementation):
     x, offset, mask, kernel = _random_inputs(0)
     output, pull_back = jax.vjp(
@@ -108,5 +110,5 @@ def test_wrong_calls_name_the_problem():
     x, offset, mask, kernel = _random_inputs(0)
     with pytest.raises(ValueError, match="offset"):
         deformable_conv2d(x, offset, mask, kernel, padding=0)
-    with pytest.raises(ValueError, match='"taps" or "reference"'):
+    with pytest.raises(ValueError, match=r"choose from .*'taps', 'matmul', 'reference', 'auto'"):
         deformable_conv2d(x, offset, mask, kernel, padding=1, implementation="fast")

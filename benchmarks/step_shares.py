@@ -1,0 +1,78 @@
+"""What labels, the Lovász loss and the metrics take of a training step.
+
+    python -m benchmarks.step_shares [--config configs/demo.py] [--config.data.records=RECORDS]
+
+The step is the experiment's own, on its first batch; the parts are jitted functions of the same arrays: the training
+target; cross entropy with Lovász and its gradient (and cross entropy alone, the difference being Lovász); and the
+evaluation's confusion matrix, which a training step does not even have. Medians of --repeats runs of each, in one
+process. By default the demo's step, the hardest case: a small network in front of a grid of 20,000 voxels.
+"""
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import config_flags
+
+from benchmarks.measure import median_seconds
+from benchmarks.report import Table
+from pop3d_jax.data.pipeline import training_batches
+from pop3d_jax.data.records import RecordSource
+from pop3d_jax.experiment import build_student, example_settings
+from pop3d_jax.labels import occupancy_tpvformer
+from pop3d_jax.losses import cross_entropy, lovasz_softmax
+from pop3d_jax.metrics import confusion_matrix
+from pop3d_jax.program import training_program
+from pop3d_jax.sharding import make_mesh, shard_batch
+from pop3d_jax.step import initial_state
+from pop3d_jax.teacher import load_teacher
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "experiment")
+_SPLIT = flags.DEFINE_string("split", "train", "of the records")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "timed runs of each")
+_JSON = flags.DEFINE_string("json", None, "folder of step_shares.json")
+
+
+def main(_: list[str]) -> None:
+    config = _CONFIG.value
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    settings = example_settings(config, training=True)
+    source = RecordSource(config.data.records, _SPLIT.value)
+    teacher = load_teacher(config.teacher)
+    program = training_program(config, teacher, 100, mesh)
+    state = initial_state(*build_student(config, source, settings), program.optimizer)
+    batch = shard_batch(next(training_batches(source, settings, batch_size=config.batch_size, seed=0)), mesh)
+    batch = {name: array for name, array in batch.items() if hasattr(array, "dtype") and array.dtype != object}
+    volume = program.student.volume
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda *arguments: program.step(*arguments))
+        whole = median_seconds(step, (state, batch, teacher.parameters), _REPEATS.value)
+
+        labels = jax.jit(jax.vmap(lambda points, mask: occupancy_tpvformer(points, mask, volume)))
+        target = labels(batch["points"], batch["point_mask"])
+        logits = jax.random.normal(jax.random.key(0), (*target.shape, 2))
+        for_labels = median_seconds(labels, (batch["points"], batch["point_mask"]), _REPEATS.value)
+
+        def entropy(logits: jax.Array) -> jax.Array:
+            return sum(cross_entropy(one, goal) for one, goal in zip(logits, target, strict=True))
+
+        def both(logits: jax.Array) -> jax.Array:
+            softmax = jax.nn.softmax(logits)
+            return entropy(logits) + sum(lovasz_softmax(one, goal) for one, goal in zip(softmax, target, strict=True))
+
+        for_entropy = median_seconds(jax.jit(jax.grad(entropy)), (logits,), _REPEATS.value)
+        for_both = median_seconds(jax.jit(jax.grad(both)), (logits,), _REPEATS.value)
+        count = jax.jit(lambda logits: confusion_matrix(target.ravel(), jnp.argmax(logits, -1).ravel(), 2))
+        for_metrics = median_seconds(count, (logits,), _REPEATS.value)
+    table = Table("step_shares", ["part", "median", "share of the step"])
+    for name, seconds in (
+        ("whole training step", whole),
+        ("labels", for_labels),
+        ("Lovász, forward and backward", max(for_both - for_entropy, 0.0)),
+        ("metrics (evaluation)", for_metrics),
+    ):
+        table.add(name, f"{seconds * 1e3:.2f} ms", f"{100 * seconds / whole:.1f} %")
+    table.write(_JSON.value)
+
+
+if __name__ == "__main__":
+    app.run(main)

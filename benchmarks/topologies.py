@@ -1,0 +1,112 @@
+"""The published network compiled for TPUs that are not here: memory, collectives and work per chip.
+
+    python -m benchmarks.topologies [--topologies v5e:4x4=16,v6e:4x4=32] [--json docs/results]
+
+Each is what `python -m pop3d_jax.train --config configs/pop3d_nuscenes.py --compile_only --topology TOPOLOGY` compiles,
+in a process of its own, with bfloat16 and everything rematerialised. Needs the extra `tpu`, and for each 10 to 25 min
+and 14 GB of memory (one key frame a chip; 18 GB with two). Topologies compiled before stay in the table.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from benchmarks.report import Table
+
+_TOPOLOGIES = flags.DEFINE_list(
+    "topologies",
+    ["v5e:2x2=4", "v5e:4x4=16", "v5e:16x16=256", "v5p:2x2x2=8", "v6e:4x4=32", "v6e:16x16=256"],
+    "TOPOLOGY=BATCH, the batch being spread over the chips",
+)
+_JSON = flags.DEFINE_string("json", "docs/results", "folder of topologies.json")
+_COLUMNS = [
+    "topology",
+    "key frames a chip",
+    "program",
+    "peak",
+    "of the chip",
+    "arguments",
+    "collectives",
+    "matrix FLOPs",
+    "compiled in",
+    "at revision",
+]
+
+
+def compile_one(topology: str, batch: int, results: multiprocessing.Queue) -> None:
+    """Puts the programs' reports, and FLOPs per chip, into the queue."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from configs.pop3d_nuscenes import get_config
+    from pop3d_jax.compile_report import compile_programs
+    from pop3d_jax.workdir import git_revision
+
+    config = get_config()
+    config.batch_size = batch
+    config.model.remat, config.model.compute_dtype = "all", "bfloat16"
+    revision = git_revision()[:7]
+    results.put(
+        [dataclasses.asdict(program) | {"revision": revision} for program in compile_programs(config, topology)]
+    )
+
+
+def compiled(topology: str, batch: int) -> list[dict[str, Any]]:
+    """Both programs' reports, made by a process that gives its memory back."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=compile_one, args=(topology, batch, results))
+    process.start()
+    while True:
+        try:
+            programs = results.get(timeout=5)
+            break
+        except Exception as error:
+            if not process.is_alive():
+                raise RuntimeError(
+                    f"compiling for {topology} ended with exit code {process.exitcode}: was there enough memory?"
+                ) from error
+    process.join()
+    return programs
+
+
+def main(_: list[str]) -> None:
+    from pop3d_jax.compile_report import CAPACITY
+
+    path = Path(_JSON.value) / "topologies.json"
+    details = json.loads(path.read_text())["details"] if path.exists() else {}
+    for entry in _TOPOLOGIES.value:
+        topology, _, batch = entry.partition("=")
+        print(f"compiling for {topology}, batch {batch}", flush=True)
+        details[f"{topology}={batch}"] = compiled(topology, int(batch))
+        table = Table("topologies", _COLUMNS, details=details)
+        for name, programs in sorted(details.items()):
+            topology, _, batch = name.partition("=")
+            chips = 1
+            for side in topology.partition(":")[2].split("x"):
+                chips *= int(side)
+            for program in programs:
+                collectives = ", ".join(
+                    f"{count} {kind} {size / 1e9:.2f} GB" for kind, (count, size) in program["collectives"].items()
+                )
+                table.add(
+                    topology,
+                    int(batch) // chips,
+                    program["name"],
+                    f"{program['peak'] / 1e9:.2f} GB" if not program["refused"] else "does not fit",
+                    f"{100 * program['peak'] / CAPACITY[topology.partition(':')[0]]:.0f} %",
+                    f"{program['arguments'] / 1e9:.2f} GB",
+                    collectives or "none",
+                    f"{program['matrix_flops'] / 1e12:.1f} T",
+                    f"{program['seconds']:.0f} s",
+                    program["revision"],
+                )
+        table.write(_JSON.value)
+
+
+if __name__ == "__main__":
+    app.run(main)
