@@ -4,13 +4,14 @@
     python -m benchmarks.deformable_attention --topology v5e:2x2   one chip, compiled and not run (needs libtpu)
     python -m benchmarks.deformable_attention --write_table        also what implementation="auto" chooses from
 
-The shapes are those of the published network (images of 928 x 1600 pixels, 8 heads of 32 channels): one step of the
-image attention's loop over tokens of plane zh or wz, one of plane hw, and the self-attention of plane hw; and the
-demo's. Forward, and forward with backward. Medians of --repeats runs; ratios to `gather` of the same run are what to
-quote. FLOPs and bytes are counted in the traced program, every turn of a loop (pop3d_jax/traced_cost.py); elementwise
-work, which makes the coefficients of `matmul`, is not in them.
+The shapes are those that the published network's loops have (images of 928 x 1600 pixels, 8 heads of 32 channels): one
+step of the image attention over tokens of plane zh or wz, one over tokens of plane hw, and the self-attention of plane
+hw; then the demo's. Forward, and forward with backward. The implementations run in turns, medians of --repeats rounds;
+ratios to `gather` of the same run are what to quote. FLOPs and bytes are counted in the traced program, every turn of a
+loop (pop3d_jax/traced_cost.py); elementwise work, which makes the coefficients of `matmul`, is not in them.
 """
 
+import functools
 from typing import Any, get_args
 
 import jax
@@ -18,31 +19,29 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.measure import FIGURES, absent_chip, figures, outcome
+from benchmarks.measure import COLUMNS, absent_chip, compare
 from benchmarks.report import Table
 from pop3d_jax.ops import choice
 from pop3d_jax.ops.deformable_attention import Implementation, deformable_attention
-from pop3d_jax.traced_cost import traced_cost
 
 _LEVELS = ((116, 200), (58, 100), (29, 50), (15, 25))
 _DEMO_LEVELS = ((20, 32), (10, 16), (5, 8), (3, 4))
 # Name: queries, levels, samples of a query and head in each level, channels of a head, heads.
 SHAPES = {
-    "images, planes zh and wz": (1024, _LEVELS, 64, 32, 8),
-    "images, plane hw": (1024, _LEVELS, 8, 32, 8),
-    "plane hw itself": (10000, ((100, 100),), 8, 32, 8),
-    "demo, images, planes zh and wz": (50, _DEMO_LEVELS, 8, 24, 2),
-    "demo, images, plane hw": (313, _DEMO_LEVELS, 4, 24, 2),
-    "demo, plane hw itself": (2500, ((50, 50),), 8, 24, 2),
+    "images from zh and wz": (100, _LEVELS, 64, 32, 8),
+    "images from hw": (1024, _LEVELS, 8, 32, 8),
+    "hw itself": (10000, ((100, 100),), 8, 32, 8),
+    "demo: images from zh and wz": (50, _DEMO_LEVELS, 8, 24, 2),
+    "demo: images from hw": (313, _DEMO_LEVELS, 4, 24, 2),
+    "demo: hw itself": (2500, ((50, 50),), 8, 24, 2),
 }
-_SHAPES = flags.DEFINE_list("shapes", list(SHAPES)[:1], "names, or all; --write_table takes all")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of the values")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs")
+_SHAPES = flags.DEFINE_list("shapes", list(SHAPES), "names; --write_table takes all")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the values")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "timed rounds")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "compile for this TPU instead of running here")
 _ONLY = flags.DEFINE_list("only", None, "implementations; by default all that are compiled on the platform")
-_WRITE_TABLE = flags.DEFINE_bool("write_table", False, "write the medians to the table that `auto` reads")
+_WRITE_TABLE = flags.DEFINE_bool("write_table", False, "write the times to the table that `auto` reads")
 _JSON = flags.DEFINE_string("json", None, "folder of the table as JSON")
-_COLUMNS = ["shape", "implementation", "pass", *FIGURES, "largest difference"]
 
 
 def functions(implementation: str, shapes: tuple) -> dict[str, Any]:
@@ -71,42 +70,26 @@ def arguments_of(shape: tuple, dtype: str) -> tuple[jax.Array, ...]:
 
 
 def main(_: list[str]) -> None:
+    if _WRITE_TABLE.value and (_TOPOLOGY.value or _ONLY.value):
+        raise app.UsageError("--write_table measures all implementations here: leave out --topology and --only")
     place = absent_chip(_TOPOLOGY.value) if _TOPOLOGY.value else None
-    names = list(SHAPES) if _WRITE_TABLE.value or _SHAPES.value == ["all"] else _SHAPES.value
     # Elsewhere the kernel is interpreted: its time says nothing.
     with_kernel = place is not None or jax.default_backend() == "tpu"
     implementations = _ONLY.value or [name for name in get_args(Implementation) if with_kernel or name != "pallas"]
     suffix = "_" + _TOPOLOGY.value.replace(":", "_") if _TOPOLOGY.value else ""
-    table = Table("deformable_attention" + suffix, _COLUMNS)
+    table = Table("deformable_attention" + suffix, COLUMNS, dtype=_DTYPE.value)
     rows = []
-    for name in names:
-        shape = SHAPES[name]
-        arguments = arguments_of(shape, _DTYPE.value)
-        expected = None
-        times: dict[str, float] = {}
-        for implementation in implementations:
-            for what, function in functions(implementation, shape[1]).items():
-                row = outcome(function, arguments, _REPEATS.value, place)
-                cost = traced_cost(function, *arguments)
-                difference = ""
-                if what == "forward" and place is None:
-                    result = np.asarray(jax.jit(function)(*arguments), np.float64)
-                    expected = result if expected is None else expected
-                    difference = f"{np.abs(result - expected).max():.1e}"
-                if what != "forward" and "seconds" in row:
-                    times[implementation] = row["seconds"]
-                table.add(name, implementation, what, *figures(row, cost), difference)
-        queries, levels, points, _, heads = shape
-        sizes = {
-            "queries": queries,
-            "texels": sum(h * w for h, w in levels),
-            "samples": heads * len(levels) * points,
-        }
+    for name in SHAPES if _WRITE_TABLE.value else _SHAPES.value:
+        queries, levels, points, _, heads = SHAPES[name]
+        passes = functools.partial(functions, shapes=levels)
+        arguments = arguments_of(SHAPES[name], _DTYPE.value)
+        times = compare(table, name, passes, implementations, arguments, _REPEATS.value, place)
+        texels = sum(h * w for h, w in levels)
+        sizes = {"queries": queries, "texels": texels, "samples": heads * len(levels) * points}
         rows.append({"shape": name, "sizes": sizes, "seconds": times})
     table.write(_JSON.value)
     if _WRITE_TABLE.value:
         choice.write_rows("deformable_attention", rows)
-        print(f"written: {choice.TABLE}")
 
 
 if __name__ == "__main__":

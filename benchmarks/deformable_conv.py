@@ -5,8 +5,8 @@
     python -m benchmarks.deformable_conv --write_table        also what implementation="auto" chooses from
 
 The shapes are those of the published backbone's stages 3 and 4 (one image of 928 x 1600 pixels) and of the demo's.
-Forward, and forward with backward; medians of --repeats runs; ratios to `taps` of the same run are what to quote. FLOPs
-and bytes: as in benchmarks/deformable_attention.py.
+Forward, and forward with backward, in turns; medians of --repeats rounds; ratios to `taps` of the same run are what to
+quote. FLOPs and bytes: as in benchmarks/deformable_attention.py.
 """
 
 from typing import Any
@@ -16,25 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.measure import FIGURES, absent_chip, figures, outcome
+from benchmarks.measure import COLUMNS, absent_chip, compare
 from benchmarks.report import Table
 from pop3d_jax.ops import choice
 from pop3d_jax.ops.deformable_conv import deformable_conv2d
-from pop3d_jax.traced_cost import traced_cost
 
 # Name: images, height, width, channels in and out.
 SHAPES = {
     "stage 3": (1, 58, 100, 256),
     "stage 4": (1, 29, 50, 512),
-    "demo, stage 3": (6, 10, 16, 64),
-    "demo, stage 4": (6, 5, 8, 128),
+    "demo: stage 3": (6, 10, 16, 64),
+    "demo: stage 4": (6, 5, 8, 128),
 }
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the maps and kernels")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "timed rounds")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "compile for this TPU instead of running here")
 _WRITE_TABLE = flags.DEFINE_bool("write_table", False, "write the medians to the table that `auto` reads")
 _JSON = flags.DEFINE_string("json", None, "folder of the table as JSON")
-_COLUMNS = ["shape", "implementation", "pass", *FIGURES, "largest difference"]
 
 
 def functions(implementation: str) -> dict[str, Any]:
@@ -62,32 +60,20 @@ def arguments_of(shape: tuple[int, int, int, int], dtype: str) -> tuple[jax.Arra
 
 
 def main(_: list[str]) -> None:
+    if _WRITE_TABLE.value and _TOPOLOGY.value:
+        raise app.UsageError("--write_table measures here: leave out --topology")
     place = absent_chip(_TOPOLOGY.value) if _TOPOLOGY.value else None
     suffix = "_" + _TOPOLOGY.value.replace(":", "_") if _TOPOLOGY.value else ""
-    table = Table("deformable_conv" + suffix, _COLUMNS)
+    table = Table("deformable_conv" + suffix, COLUMNS, dtype=_DTYPE.value)
     rows = []
     for name, shape in SHAPES.items():
         arguments = arguments_of(shape, _DTYPE.value)
-        expected = None
-        times: dict[str, float] = {}
-        for implementation in ("reference", "taps", "matmul"):
-            for what, function in functions(implementation).items():
-                row = outcome(function, arguments, _REPEATS.value, place)
-                cost = traced_cost(function, *arguments)
-                difference = ""
-                if what == "forward" and place is None:
-                    result = np.asarray(jax.jit(function)(*arguments), np.float64)
-                    expected = result if expected is None else expected
-                    difference = f"{np.abs(result - expected).max():.1e}"
-                if what != "forward" and "seconds" in row:
-                    times[implementation] = row["seconds"]
-                table.add(name, implementation, what, *figures(row, cost), difference)
-        sizes = {"images": shape[0], "cells": shape[1] * shape[2], "channels": shape[3]}
+        times = compare(table, name, functions, ("reference", "taps", "matmul"), arguments, _REPEATS.value, place)
+        sizes = {"cells": shape[1] * shape[2], "channels": shape[3]}
         rows.append({"shape": name, "sizes": sizes, "seconds": times})
     table.write(_JSON.value)
     if _WRITE_TABLE.value:
         choice.write_rows("deformable_conv2d", rows)
-        print(f"written: {choice.TABLE}")
 
 
 if __name__ == "__main__":

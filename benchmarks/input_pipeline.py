@@ -46,13 +46,18 @@ def main(_: list[str]) -> None:
         decoding.append(time.process_time() - start)
         size = sum(array.nbytes for array in example.values())
     seconds, decode, read = (float(np.median(values[1:])) for values in (whole, decoding, reading))
+    _, full_hw = decode_image(source[0].images[0], hw, "the first key frame")
     table = Table("input_pipeline", ["records to arrays", f"six images of {hw[0]} x {hw[1]}"])
+    table.add("images in the records", f"{full_hw[0]} x {full_hw[1]}")
     table.add("key frames a second and core", f"{1 / seconds:.1f}")
     table.add("of that JPEG decoding", f"{100 * decode / seconds:.0f} %")
     table.add("of that reading the record", f"{100 * read / seconds:.1f} %")
     table.add("bytes handed to the device a key frame", f"{size / 1e6:.1f} MB")
     for step in map(float, _STEP_SECONDS.value):
-        table.add(f"cores that feed one chip, if a step takes {step:g} s", f"{seconds / step:.2f}")
+        table.add(
+            f"cores for one chip with steps of {step:g} s, batching and transfer apart",
+            f"{seconds / step:.2f}",
+        )
     table.write(_JSON.value)
 
 

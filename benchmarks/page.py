@@ -30,7 +30,9 @@ def filled(page: str, results: Path) -> str:
     def table(found: re.Match) -> str:
         path = results / f"{found[2]}.json"
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: run `python -m benchmarks.{found[2]} --json {results}`")
+            name, _, topology = re.sub(r"_(v\d\w)_", r"@\1:", found[2]).partition("@")
+            more = f" --topology {topology}" if topology else ""
+            raise FileNotFoundError(f"{path} is missing: run `python -m benchmarks.{name}{more} --json {results}`")
         return f"{found[1]}{markdown(json.loads(path.read_text()))}\n{found[3]}"
 
     return _PLACE.sub(table, page)

@@ -1,30 +1,31 @@
 """What every benchmark leaves behind: a table on the terminal, the same as JSON, and so the performance page's."""
 
-import dataclasses
 import json
 import os
 import platform
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from pop3d_jax.workdir import git_revision
 
-@dataclasses.dataclass
+
 class Table:
-    """Results of one benchmark.
+    """Results of one benchmark, printed row by row."""
 
-    Attributes:
-      name: of the file and of the place in docs/performance.md.
-      columns: their headings.
-      rows: cells, text or numbers as a person reads them.
-      details: anything else worth keeping in the JSON.
-    """
+    def __init__(self, name: str, columns: list[str], **details: Any) -> None:
+        """Starts a table.
 
-    name: str
-    columns: list[str]
-    rows: list[list[Any]] = dataclasses.field(default_factory=list)
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+        Args:
+          name: of its file and of its place in docs/performance.md.
+          columns: their headings.
+          details: what else the JSON should keep.
+        """
+        self.name, self.columns, self.details = name, columns, details
+        self.rows: list[list[Any]] = []
 
     def add(self, *cells: Any) -> None:
         """One row, printed at once: benchmarks are slow."""
@@ -34,13 +35,22 @@ class Table:
         print(" | ".join(str(cell) for cell in cells), flush=True)
 
     def write(self, folder: str | None) -> None:
-        """Writes FOLDER/NAME.json with the machine it was made on; nothing where there is no folder."""
+        """Writes FOLDER/NAME.json, with what made it; nothing where there is no folder."""
         if not folder:
             return
-        machine = {"cores": os.cpu_count(), "system": platform.machine(), "jax": jax.__version__}
+        made_by = {
+            # Without the places of one machine.
+            "command": " ".join([Path(sys.argv[0]).stem, *(re.sub(r"\S*/\S*", "PATH", word) for word in sys.argv[1:])]),
+            "revision": git_revision(),
+            "backend": jax.default_backend(),
+            "cores": os.cpu_count(),
+            "system": platform.machine(),
+            "jax": jax.__version__,
+        }
+        content = {"columns": self.columns, "rows": self.rows, "made_by": made_by, "details": self.details}
         path = Path(folder) / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(self) | {"machine": machine}, indent=1) + "\n")
+        path.write_text(json.dumps(content, indent=1) + "\n")
         print(f"written: {path}", flush=True)
 
 

@@ -49,10 +49,9 @@ def compile_one(topology: str, batch: int, results: multiprocessing.Queue) -> No
     config = get_config()
     config.batch_size = batch
     config.model.remat, config.model.compute_dtype = "all", "bfloat16"
-    revision = git_revision()[:7]
-    results.put(
-        [dataclasses.asdict(program) | {"revision": revision} for program in compile_programs(config, topology)]
-    )
+    revision, dirty, _ = git_revision().partition("-dirty")
+    programs = compile_programs(config, topology)
+    results.put([dataclasses.asdict(program) | {"revision": revision[:7] + dirty} for program in programs])
 
 
 def compiled(topology: str, batch: int) -> list[dict[str, Any]]:
@@ -74,37 +73,36 @@ def compiled(topology: str, batch: int) -> list[dict[str, Any]]:
     return programs
 
 
-def main(_: list[str]) -> None:
+def _cells(program: dict[str, Any], topology: str) -> list[str]:
     from pop3d_jax.compile_report import CAPACITY
 
+    collectives = [f"{count} {kind} {size / 1e9:.2f} GB" for kind, (count, size) in program["collectives"].items()]
+    return [
+        f"{program['peak'] / 1e9:.2f} GB",
+        f"{100 * program['peak'] / CAPACITY[topology.partition(':')[0]]:.0f} %",
+        f"{program['arguments'] / 1e9:.2f} GB",
+        ", ".join(collectives) or "none",
+        f"{program['matrix_flops'] / 1e12:.1f} T",
+    ]
+
+
+def main(_: list[str]) -> None:
     path = Path(_JSON.value) / "topologies.json"
     details = json.loads(path.read_text())["details"] if path.exists() else {}
     for entry in _TOPOLOGIES.value:
         topology, _, batch = entry.partition("=")
         print(f"compiling for {topology}, batch {batch}", flush=True)
         details[f"{topology}={batch}"] = compiled(topology, int(batch))
-        table = Table("topologies", _COLUMNS, details=details)
+        table = Table("topologies", _COLUMNS, **details)
         for name, programs in sorted(details.items()):
             topology, _, batch = name.partition("=")
             chips = 1
             for side in topology.partition(":")[2].split("x"):
                 chips *= int(side)
             for program in programs:
-                collectives = ", ".join(
-                    f"{count} {kind} {size / 1e9:.2f} GB" for kind, (count, size) in program["collectives"].items()
-                )
-                table.add(
-                    topology,
-                    int(batch) // chips,
-                    program["name"],
-                    f"{program['peak'] / 1e9:.2f} GB" if not program["refused"] else "does not fit",
-                    f"{100 * program['peak'] / CAPACITY[topology.partition(':')[0]]:.0f} %",
-                    f"{program['arguments'] / 1e9:.2f} GB",
-                    collectives or "none",
-                    f"{program['matrix_flops'] / 1e12:.1f} T",
-                    f"{program['seconds']:.0f} s",
-                    program["revision"],
-                )
+                cells = ["does not fit", *[""] * 4] if program["refused"] else _cells(program, topology)
+                seconds = f"{program['seconds']:.0f} s"
+                table.add(topology, int(batch) // chips, program["name"], *cells, seconds, program["revision"])
         table.write(_JSON.value)
 
 

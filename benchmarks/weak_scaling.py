@@ -18,12 +18,13 @@ from benchmarks.report import Table
 from pop3d_jax.compile_report import compile_training
 from pop3d_jax.sharding import make_mesh
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "experiment; its records are not read")
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "experiment; reads the teacher only")
 _DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8"], "numbers of devices")
 _JSON = flags.DEFINE_string("json", None, "folder of weak_scaling.json")
 
 
 def main(_: list[str]) -> None:
+    jax.config.update("jax_platforms", "cpu")
     columns = [
         "devices",
         "FLOPs a device (loop bodies once)",

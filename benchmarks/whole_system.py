@@ -1,14 +1,16 @@
 """The published network's forward pass on this CPU, beside the official PyTorch network where its code is at hand.
 
-    python -m benchmarks.whole_system
+    python -m benchmarks.whole_system [--gradient]
     python -m benchmarks.whole_system --official POP3D_CLONE --official_python PYTHON_WITH_ITS_DEPENDENCIES
 
 Six images of 928 x 1600, 34,688 points, voxel features on, float32, each network in a process of its own, one after the
-other; medians of --repeats runs, compilation apart. Without --official there is no ratio: seconds of different machines
-do not compare.
+other; medians of --repeats runs, compilation apart. --gradient adds the training step's forward and backward pass, of
+ours only: a mean of squares instead of the losses, whose share benchmarks/step_shares.py tells. Without --official
+there is no ratio: seconds of different machines do not compare.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ _OFFICIAL = flags.DEFINE_string("official", None, "clone of the official reposit
 _PYTHON = flags.DEFINE_string("official_python", sys.executable, "interpreter that has torch, mmcv, mmseg and mmdet")
 _HEIGHT = flags.DEFINE_integer("height", 928, "height of the padded images")
 _WIDTH = flags.DEFINE_integer("width", 1600, "width of the padded images")
+_GRADIENT = flags.DEFINE_bool("gradient", False, "also forward and backward of ours, everything rematerialised")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs of each")
 _JSON = flags.DEFINE_string("json", None, "folder of whole_system.json")
 
@@ -31,7 +34,8 @@ _JSON = flags.DEFINE_string("json", None, "folder of whole_system.json")
 def measured(command: list[str], folder: str) -> dict[str, Any]:
     """Runs a measuring process and reads what it wrote."""
     path = Path(folder) / "measured.json"
-    result = subprocess.run([*command, "--json", str(path)], capture_output=True, text=True)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([*command, "--json", str(path)], capture_output=True, text=True, env=environment)
     if result.returncode:
         words = (result.stderr or result.stdout).strip().splitlines()[-8:]
         raise SystemExit(f"{' '.join(command[:4])} ... failed:\n" + "\n".join(words))
@@ -40,11 +44,16 @@ def measured(command: list[str], folder: str) -> dict[str, Any]:
 
 def main(_: list[str]) -> None:
     sizes = ["--height", str(_HEIGHT.value), "--width", str(_WIDTH.value), "--repeats", str(_REPEATS.value)]
-    table = Table("whole_system", ["forward pass, float32", "median", "peak memory", "first call's compilation"])
+    table = Table("whole_system", ["float32", "median", "peak memory", "first call's compilation"])
     with tempfile.TemporaryDirectory() as folder:
         ours = measured([sys.executable, "-m", "benchmarks.model_memory", *sizes], folder)
-        table.add("ours", *_figures(ours), f"{ours['compile_seconds']:.1f} s")
+        table.add("ours, forward", *_figures(ours), f"{ours['compile_seconds']:.1f} s")
         table.details["ours"] = ours
+        if _GRADIENT.value:
+            flags_of_gradient = ["--gradient", "--remat", "all"]
+            both = measured([sys.executable, "-m", "benchmarks.model_memory", *sizes, *flags_of_gradient], folder)
+            table.add("ours, forward and backward", *_figures(both), f"{both['compile_seconds']:.1f} s")
+            table.details["ours_gradient"] = both
         if _OFFICIAL.value:
             from benchmarks.model_memory import camera_rig
 
@@ -53,9 +62,9 @@ def main(_: list[str]) -> None:
             script = str(Path(__file__).with_name("official_pop3d.py"))
             command = [_PYTHON.value, script, "--official", _OFFICIAL.value, "--rig", str(rig), *sizes]
             theirs = measured(command, folder)
-            table.add("official", *_figures(theirs), "none")
+            table.add("official, forward", *_figures(theirs), "none")
             table.add(
-                "ours / official",
+                "ours / official, forward",
                 f"{ours['median_seconds'] / theirs['median_seconds']:.2f}",
                 f"{ours['peak_gigabytes'] / theirs['peak_gigabytes']:.2f}",
                 "",

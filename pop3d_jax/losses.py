@@ -118,13 +118,13 @@ def feature_loss(
 
 
 def pop3d_loss(
-    occupancy_logits: Float[Array, "batch x y z 2"],
+    occupancy_logits: Float[Array, "batch x y z classes"],
     occupancy_target: Integer[Array, "batch x y z"],
     point_features: Float[Array, "batch points feature"] | None = None,
     feature_target: Float[Array, "batch points feature"] | None = None,
     feature_mask: Bool[Array, "batch points"] | None = None,
     *,
-    class_weights: Float[Array, "2"] | None = None,
+    class_weights: Float[Array, "classes"] | None = None,
     cross_entropy_weight: float = 1.0,
     lovasz_weight: float = 1.0,
     feature_weight: float = 1.0,

@@ -34,12 +34,14 @@ def confusion_matrix(
     Returns:
       int32 counts, which may be summed over 2**31 elements: 26,000 grids of 80,000 voxels.
     """
+    # Labels may be bytes, which 256 classes would not fit.
+    target, prediction = target.astype(jnp.int32), prediction.astype(jnp.int32)
     known = (target >= 0) & (target < num_classes) & (prediction >= 0) & (prediction < num_classes)
     counted = known & (target != ignore_label)
     if mask is not None:
         counted = counted & mask
     # Elements that do not count go to an index beyond the table, which the scatter drops.
-    pair = target.astype(jnp.int32) * num_classes + prediction.astype(jnp.int32)
+    pair = target * num_classes + prediction
     pair = jnp.where(counted, pair, num_classes**2).reshape(-1)
     counts = jnp.zeros(num_classes**2, jnp.int32).at[pair].add(1, mode="drop")
     return counts.reshape(num_classes, num_classes)

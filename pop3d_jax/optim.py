@@ -46,7 +46,8 @@ def cosine_with_warmup(
         warm = warmup_start + update * (base - warmup_start) / max(warmup_steps, 1)
         # The fraction is formed first: float32 holds it to full precision at any length of training.
         angle = jnp.pi * jnp.minimum(update / total_steps, 1.0)
-        cosine = final + 0.5 * (base - final) * (1.0 + jnp.cos(angle))
+        # (1 + cos a) / 2 without its cancellation near the end.
+        cosine = final + (base - final) * jnp.square(jnp.cos(0.5 * angle))
         return jnp.where(update < warmup_steps, warm, cosine)
 
     return rate

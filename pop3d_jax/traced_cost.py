@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 
@@ -57,7 +56,9 @@ def _equation_cost(equation: JaxprEqn) -> TracedCost:
         out_channel_axis = parameters["dimension_numbers"].rhs_spec[0]
         kernel = equation.invars[1].aval
         taps = kernel.size / kernel.shape[out_channel_axis]
-        return TracedCost(2.0 * taps * equation.outvars[0].aval.size, _moved(equation))
+        # Zeros between the inputs, as in the gradient of a strided convolution, are no work.
+        zeros = math.prod(parameters["lhs_dilation"])
+        return TracedCost(2.0 * taps * equation.outvars[0].aval.size / zeros, _moved(equation))
     if name == "gather":
         rows = equation.outvars[0].aval
         row_size = math.prod(parameters["slice_sizes"])
@@ -96,7 +97,7 @@ def _subprograms(parameters: dict[str, Any]) -> list[Jaxpr]:
 
 
 def _bytes(aval: Any) -> float | int:
-    return float(aval.size * np.dtype(aval.dtype).itemsize)
+    return float(aval.size * aval.dtype.itemsize)
 
 
 def _moved(equation: JaxprEqn) -> float | int:

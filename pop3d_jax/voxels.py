@@ -85,7 +85,7 @@ def grid_coordinates_float64(points: Float[np.ndarray, "*batch 3"], volume: Volu
 def grid_coordinates(points: Float32[Array, "*batch 3"], volume: Volume) -> Float32[Array, "*batch 3"]:
     """Continuous cell coordinates on the device: what the model takes as `points` and `feature_points`.
 
-    Float32 arithmetic: within two units in the last place of the grid size of `grid_coordinates_float64`. The
+    Float32 arithmetic: within three units in the last place of the grid size of `grid_coordinates_float64`. The
     model interpolates, so a point on a border may round to either side; labels use the exact `voxel_indices`.
     """
     lower, upper = jnp.array(volume.minimum, jnp.float32), jnp.array(volume.maximum, jnp.float32)

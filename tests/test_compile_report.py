@@ -97,3 +97,13 @@ def test_small_programs_compile_for_a_tpu_and_large_ones_are_refused(small_confi
         refused = compile_report._compiled("large", jax.jit(lambda x: x + 1), (large,))
     assert refused.refused
     assert not compile_report.fits([refused], "v5e:2x2")
+
+
+def test_student_and_teacher_may_share_their_images(small_config):
+    small_config.data.teacher_image_hw = small_config.data.image_hw
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        step, (state, batch, teacher) = compile_report._training(small_config, mesh, 10)
+        assert "teacher_images" not in batch
+        _, metrics = jax.eval_shape(step, state, batch, teacher)
+    assert "feature" in metrics

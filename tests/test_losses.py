@@ -1,5 +1,7 @@
 """Losses and their gradients, against official numbers and against plain definitions."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,8 @@ from pop3d_jax.nuscenes import IGNORE
 
 lovasz_and_gradient = jax.jit(jax.value_and_grad(lovasz_softmax))
 jitted_loss = jax.jit(
-    pop3d_loss, static_argnames=("per_sample", "cross_entropy_weight", "lovasz_weight", "feature_weight")
+    pop3d_loss,
+    static_argnames=("per_sample", "cross_entropy_weight", "lovasz_weight", "feature_weight", "ignore_label"),
 )
 
 # Losses of a few hundred float32 terms, summed in another order.
@@ -37,6 +40,7 @@ def test_losses_of_the_tiny_model(golden_file, name, per_sample):
         features, feature_target = arrays["loss_point_features"], arrays["loss_feature_target"]
         weights = None if name == "plain" else jnp.asarray(arrays["loss_class_weights"])
         expected = arrays[f"loss_{name}"]
+    settings = json.loads(golden_file("pop3d/tiny_config.json").read_text())["loss"]
     mask = jnp.ones(features.shape[:2], bool)
     result = jitted_loss(
         logits,
@@ -45,6 +49,8 @@ def test_losses_of_the_tiny_model(golden_file, name, per_sample):
         jnp.asarray(feature_target),
         mask,
         class_weights=weights,
+        feature_weight=float(settings["ft_loss_weight"]),
+        ignore_label=settings["ignore_label"],
         per_sample=per_sample,
     )
     terms = [result[term] for term in ("cross_entropy", "lovasz", "feature", "total")]

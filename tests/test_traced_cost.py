@@ -28,6 +28,13 @@ def test_a_matrix_product_and_a_convolution():
     )
     cost = traced_cost(convolve, _shape(2, 8, 9, 4), _shape(3, 3, 4, 6))
     assert cost.flops == 2 * (2 * 6 * 7 * 6) * (3 * 3 * 4)
+    strided = functools.partial(convolve, window_strides=(2, 2))
+    for arguments in ((0,), (1,)):
+        gradient = jax.grad(lambda *arrays: strided(*arrays).sum(), arguments)
+        once = 2 * (2 * 4 * 4 * 6) * 4
+        # Of a 1 x 1 kernel both gradients are as much work as the forward pass.
+        cost = traced_cost(gradient, _shape(2, 8, 8, 4), _shape(1, 1, 4, 6))
+        assert once <= cost.flops <= 2 * once
 
 
 def test_loops_count_as_often_as_they_run_and_conditions_by_their_dearest_branch():
@@ -76,4 +83,9 @@ def test_a_kernel_counts_by_its_estimate():
     attend = functools.partial(deformable_attention, implementation="pallas")
     cost = traced_cost(lambda *arrays: attend(arrays[0], ((3, 4),), *arrays[1:]), values, locations, weights)
     # Two heads, 32 queries, a map padded to 8 x 128 texels, five samples and four channels.
-    assert cost.flops == 2 * 2 * 32 * 8 * 128 * (5 + 4)
+    texels = 2 * 32 * 8 * 128
+    assert cost.flops == 2 * texels * (5 + 4)
+    backward = traced_cost(
+        jax.grad(lambda *arrays: attend(arrays[0], ((3, 4),), *arrays[1:]).sum()), values, locations, weights
+    )
+    assert backward.flops == 2 * texels * (5 + 4) + 2 * texels * (3 * 5 + 2 * 4)

@@ -2,7 +2,8 @@
 
 The global order is a shuffle of all records per epoch, drawn from the seed alone. Host h of H takes the elements
 h, h + H, h + 2H, ... of it, so that the hosts together hold what one host would. Element i of the order draws its
-augmentation from (seed, i). The position of the pipeline is therefore one integer, the step.
+turn and its sample of points from (seed, i); what the device draws, photometric distortion and GridMask, follows from
+(seed, step). The position of the pipeline is therefore one integer, the step.
 
 No TensorFlow in here: worker processes start quickly and stay small.
 """

@@ -1,4 +1,5 @@
-"""What `implementation="auto"` takes: the implementation that was measured to be the fastest at the nearest shape.
+"""What `implementation="auto"` takes: the implementation that was measured to be the fastest at the nearest shape, if
+it was clearly faster than the operation's default.
 
 The measurements are `times.json`, written by
 
@@ -6,7 +7,8 @@ The measurements are `times.json`, written by
     python -m benchmarks.deformable_conv --write_table
 
 for the platform they run on; rows of other platforms stay. Only measured times are in it (forward and backward pass
-together): a platform without rows gets the operation's default.
+together): a platform without rows gets the default. `reference` is never taken: it is there to test the others against
+and may need far more memory.
 """
 
 import functools
@@ -20,6 +22,9 @@ import jax
 
 TABLE = Path(str(resources.files("pop3d_jax.ops") / "times.json"))
 
+# So many times faster than the default another implementation must have been: times of two runs differ a little.
+_CLEARLY = 1.2
+
 
 def platform() -> str:
     """ "cpu", "gpu" or "tpu": where the program being traced will run, by its mesh; else the default backend."""
@@ -32,7 +37,7 @@ def fastest(operation: str, default: str, sizes: dict[str, int]) -> str:
 
     Args:
         operation: function of this package.
-        default: for platforms without measurements.
+        default: where nothing was measured, or nothing was clearly faster.
         sizes: by the names that the operation's rows have.
     """
     here = platform()
@@ -43,18 +48,27 @@ def fastest(operation: str, default: str, sizes: dict[str, int]) -> str:
     def distance(row: dict[str, Any]) -> float:
         return sum(abs(math.log(max(row["sizes"][name], 1) / max(size, 1))) for name, size in sizes.items())
 
-    seconds = min(rows, key=distance)["seconds"]
-    return min(seconds, key=seconds.get)
+    seconds = {name: time for name, time in min(rows, key=distance)["seconds"].items() if name != "reference"}
+    best = min(seconds, key=seconds.get, default=default)
+    return best if default not in seconds or seconds[best] * _CLEARLY < seconds[default] else default
 
 
 def write_rows(operation: str, measured: list[dict[str, Any]]) -> None:
-    """Replaces the rows of an operation on this platform; those of other operations and platforms stay."""
+    """Replaces the rows of an operation on this platform; those of other operations and platforms stay.
+
+    Raises:
+        ValueError: a row without times.
+    """
+    empty = [row for row in measured if not row["seconds"]]
+    if empty:
+        raise ValueError(f"nothing was measured of {operation} at {empty}: the table stays as it is")
     here = platform()
     kept = [row for row in _rows() if row["operation"] != operation or row["platform"] != here]
     new = [{"operation": operation, "platform": here, **row} for row in measured]
     rows = sorted(kept + new, key=lambda row: (row["operation"], row["platform"]))
     TABLE.write_text('{"rows": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]}\n")
     _rows.cache_clear()
+    print(f"written: {TABLE}")
 
 
 @functools.cache

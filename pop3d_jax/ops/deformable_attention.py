@@ -13,6 +13,8 @@ Five implementations of one function, tested against each other:
 
 ``auto`` takes the one that was measured to be the fastest at the nearest shape (`choice.py`).
 
+In ``matmul`` and ``pallas`` every query multiplies every texel, if by zero: an infinite or NaN texel spoils them all.
+
 All keep the batch axes as axes of one program, so that they may be sharded. `benchmarks/deformable_attention.py` tells
 what each costs.
 """
@@ -124,6 +126,10 @@ def attend_prepared(
         raise ValueError(f"unknown implementation {implementation!r} of deformable_attention: not in {list(_PER_ITEM)}")
     attend = functools.partial(_PER_ITEM[implementation], spatial_shapes)
     batch = prepared.shape[:-3]
+    queries, heads = attention_weights.shape[-4:-2]
+    if not queries:
+        channels = prepared.shape[-1] // (4 if implementation == "packed" else 1)
+        return jnp.zeros((*batch, queries, heads, channels), prepared.dtype)
     # Batch axes of size 1 are left out of the program: XLA's CPU backend (jax 0.10.2) has compiled gradients of
     # the gather loop, batched over one such axis and a larger one, to a program that crashes.
     real = tuple(n for n in batch if n != 1)
@@ -181,19 +187,14 @@ def _attend_by_gather(
 
     All levels and corners are one array each: a loop over them would be the same work in many more operations.
     """
-    queries, heads = locations.shape[:2]
     near, fraction, weights, size = _near(spatial_shapes, locations, weights)
     start = np.cumsum([0] + [h * w for h, w in spatial_shapes[:-1]], dtype=np.int32)[:, None, None]
     corner = jnp.stack([near, near + 1])
     share = jnp.where((corner >= 0) & (corner < size), jnp.stack([1.0 - fraction, fraction]), 0.0)
     column, line = jnp.moveaxis(jnp.clip(corner, 0, size - 1), 1, 0)
     token = (start + line * size[0])[:, None] + column
-    rows = token * heads + jnp.tile(jnp.arange(heads, dtype=jnp.int32), queries)
     coefficients = weights * (share[:, 1][:, None] * share[:, 0])
-    samples = (-1, queries * heads)
-    table = values.reshape(-1, values.shape[-1])
-    result = _weighted_row_sum(table, rows.reshape(samples), coefficients.reshape(1, *samples))
-    return result.reshape(queries, heads, -1)
+    return _sum_of_rows(values, token, coefficients[None], locations.shape[0])
 
 
 def _attend_by_packed_rows(
@@ -203,19 +204,28 @@ def _attend_by_packed_rows(
     weights: Float[Array, "queries heads levels points"],
 ) -> Float[Array, "queries heads channels"]:
     """One item: every sample is one row that holds its four corners; the maps have a frame of zeros."""
-    queries, heads = locations.shape[:2]
     near, fraction, weights, size = _near(spatial_shapes, locations, weights)
     start = np.cumsum([0] + [(h + 1) * (w + 1) for h, w in spatial_shapes[:-1]], dtype=np.int32)[:, None, None]
     touches = jnp.all((near >= -1) & (near < size), axis=0)
     column, line = jnp.clip(near, -1, size - 1) + 1
     cell = start + line * (size[0] + 1) + column
-    rows = cell * heads + jnp.tile(jnp.arange(heads, dtype=jnp.int32), queries)
     x, y = fraction
     shares = jnp.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x])
-    coefficients = jnp.where(touches, weights, 0.0) * shares
-    samples = (-1, queries * heads)
-    table = packed.reshape(-1, packed.shape[-1])
-    result = _weighted_row_sum(table, rows.reshape(samples), coefficients.reshape(4, *samples))
+    return _sum_of_rows(packed, cell, jnp.where(touches, weights, 0.0) * shares, locations.shape[0])
+
+
+def _sum_of_rows(
+    values: Float[Array, "rows heads row_channels"],
+    row: Int[Array, "*samples terms"],
+    coefficients: Float[Array, "parts *samples terms"],
+    queries: int,
+) -> Float[Array, "queries heads channels"]:
+    """Sums over samples; the last axis of ``row`` runs over queries and heads, heads fastest; a head reads its own."""
+    heads = values.shape[1]
+    row = row * heads + jnp.tile(jnp.arange(heads, dtype=jnp.int32), queries)
+    terms = (-1, queries * heads)
+    table = values.reshape(-1, values.shape[-1])
+    result = _weighted_row_sum(table, row.reshape(terms), coefficients.reshape(len(coefficients), *terms))
     return result.reshape(queries, heads, -1)
 
 
@@ -272,12 +282,11 @@ def _attend_by_pallas(
     start = 0
     for level, (height, width) in enumerate(spatial_shapes):
         feature_map = values[start : start + height * width].reshape(height, width, *values.shape[1:])
-        result += sample_map(
-            jnp.transpose(feature_map, (2, 0, 3, 1)),
-            jnp.swapaxes(_texel(locations[:, :, level, :, 0], width), 0, 1),
-            jnp.swapaxes(_texel(locations[:, :, level, :, 1], height), 0, 1),
-            jnp.swapaxes(weights[:, :, level], 0, 1),
-        )
+        x, y = (_texel(locations[:, :, level, :, axis], size) for axis, size in ((0, width), (1, height)))
+        # The kernel finds no texel at a position that is not a number; it must not hide one.
+        of_level = jnp.where(jnp.isnan(x + y), jnp.nan, weights[:, :, level])
+        by_head = (jnp.swapaxes(array, 0, 1) for array in (x, y, of_level))
+        result += sample_map(jnp.transpose(feature_map, (2, 0, 3, 1)), *by_head)
         start += height * width
     return jnp.swapaxes(result, 0, 1)
 

@@ -111,9 +111,9 @@ def _call(
             out_specs=[block(output.shape, kind) for output, kind in zip(outputs, kinds, strict=True)],
             out_shape=outputs,
             scratch_shapes=[pltpu.VMEM((_QUERIES * height, _LANES), jnp.float32)] * (width // _LANES * matrices),
-            # The coefficients of a query are one product, its result another; backwards there are three and two.
+            # A query's coefficients are one product over points, its result one over texels; backwards, three and two.
             cost_estimate=pl.CostEstimate(
-                flops=2 * heads * queries * height * width * (points + channels) * (2 * matrices - 1),
+                flops=2 * heads * queries * height * width * (points * (2 * matrices - 1) + channels * matrices),
                 bytes_accessed=moved,
                 transcendentals=0,
             ),

@@ -3,7 +3,8 @@
 Three implementations of one definition. "taps" walks over the taps of the kernel, so that the
 sampled columns of one tap are all that ever exists, forwards and backwards, and it works on every image at once, so
 that a batch may be spread over devices. "matmul" samples by multiplying the map with a matrix of bilinear coefficients,
-some positions at a time: no gather and no scatter, many more multiplications, for accelerators whose gathers are slow.
+some positions at a time: no gather and no scatter, many more multiplications, for accelerators whose gathers are slow
+(an infinite cell makes all of its image's results infinite or NaN there).
 "reference" samples all taps at once and leaves the gradient to JAX: short, memory-hungry, and there to test against.
 "auto" takes the one that was measured to be the fastest at the nearest shape (`choice.py`).
 
@@ -73,7 +74,8 @@ def deformable_conv2d(
         )
     geometry = (stride, padding, dilation)
     if implementation == "auto":
-        sizes = {"images": x.shape[0], "cells": x.shape[1] * x.shape[2], "channels": x.shape[3]}
+        # Not the number of images, which the mesh decides: the same network should compute the same on every mesh.
+        sizes = {"cells": x.shape[1] * x.shape[2], "channels": x.shape[3]}
         implementation = fastest("deformable_conv2d", "taps", sizes)
     if implementation == "taps":
         return _convolve_by_taps(x, offset, mask, kernel, geometry)
@@ -132,8 +134,9 @@ def _convolve_by_matmul(
     row, column = jnp.where(inside, row, 0), jnp.where(inside, column, 0)
     weight = jnp.where(inside, mask, 0).astype(row.dtype)
     positions, taps = row.shape[1] * row.shape[2], row.shape[3]
-    tap_kernels = kernel.reshape(taps, channels, -1)
+    # In float32 throughout: coefficients and gradients, summed over chunks, need more digits than bfloat16 has.
     accumulator_type = jnp.promote_types(x.dtype, jnp.float32)
+    tap_kernels = kernel.astype(accumulator_type).reshape(taps, channels, -1)
     size = min(_MATMUL_POSITIONS, positions)
     chunks = -(-positions // size)
 
@@ -145,7 +148,7 @@ def _convolve_by_matmul(
         return jnp.where(near, 1 - fraction, 0) + jnp.where(far, fraction, 0)
 
     def convolve_image(image: jax.Array, *where: jax.Array) -> jax.Array:
-        table = image.reshape(height * width, channels)
+        table = image.astype(accumulator_type).reshape(height * width, channels)
 
         # The matrices are made again in the backward pass, not remembered.
         @jax.checkpoint
@@ -153,9 +156,9 @@ def _convolve_by_matmul(
             row, column, weight = chunk
             along_y = triangle(row, height) * weight[..., None]
             coefficients = along_y[..., None] * triangle(column, width)[..., None, :]
-            coefficients = coefficients.reshape(size * taps, height * width).astype(x.dtype)
+            coefficients = coefficients.reshape(size * taps, height * width)
             columns = jnp.dot(coefficients, table, precision="highest").reshape(size, taps, channels)
-            return total, jnp.einsum("ptc,tco->po", columns, tap_kernels, preferred_element_type=accumulator_type)
+            return total, jnp.einsum("ptc,tco->po", columns, tap_kernels, precision="highest")
 
         padded = [
             jnp.pad(array.reshape(positions, taps), ((0, chunks * size - positions), (0, 0))).reshape(

@@ -31,8 +31,6 @@ from pop3d_jax.voxels import Volume, grid_coordinates_float64
 NOISE_FACTOR = 8.0
 # Of features, whose noise is below 1e-5.
 _FEATURE_TOLERANCE = 2e-5
-# Logits closer than this may fall to either side.
-_MARGIN = 1e-3
 
 _Capture = Mapping[str, np.ndarray]
 
@@ -134,7 +132,7 @@ def _stored_slices(golden: Mapping[str, np.ndarray], output: Pop3DOutput, kept: 
             arrays[f"{name}_std"] = maps.std((1, 2), dtype=np.float64)
             if f"{name}_probe" in golden:
                 rows, columns = golden[f"{name}_probe_yx"].T
-                step = maps.shape[-1] // golden[f"{name}_probe"].shape[1]
+                step = -(-maps.shape[-1] // golden[f"{name}_probe"].shape[1])
                 arrays[f"{name}_probe"] = maps[:, rows, columns, ::step].transpose(0, 2, 1)
     x, y, z = Pop3DConfig().grid_size
     sizes = (y * x, z * y, x * z)
@@ -144,7 +142,7 @@ def _stored_slices(golden: Mapping[str, np.ndarray], output: Pop3DOutput, kept: 
             name = f"plane_{plane}_layer{layer}"
             # Of hw the file has a list of rows; of earlier layers every few of them.
             rows = golden["plane_hw_rows"] if plane == "hw" else np.arange(size)
-            arrays[name] = tokens[rows[:: len(rows) // len(golden[name])]]
+            arrays[name] = tokens[rows[:: -(-len(rows) // len(golden[name]))]]
     features = output.voxel_features.reshape(-1, output.voxel_features.shape[-1])
     arrays["voxel_logits"] = output.occupancy_logits.reshape(len(features), -1)[golden["voxel_index"]]
     arrays["point_logits"] = output.point_occupancy_logits[0][golden["point_index"]]
@@ -161,7 +159,9 @@ def _features(golden: Mapping[str, np.ndarray], output: Pop3DOutput) -> Iterator
         ("voxel", output.voxel_features.reshape(len(logits), -1)),
         ("point", output.point_features[0]),
     ):
-        found, name = features[golden[f"{kind}_index"]], f"{kind}_features_f32_first64"
+        # The name ends in how many there are.
+        (name,) = (key for key in golden if key.startswith(f"{kind}_features_f32_first"))
+        found = features[golden[f"{kind}_index"]]
         yield absolute(name, found[: len(golden[name])], golden[name], _FEATURE_TOLERANCE)
         # Stored in half precision: its rounding is all that remains (rtol 1e-3, atol 3e-5).
         yield relative(f"{kind}_features", found, golden[f"{kind}_features"], 1e-3, 0.03)
@@ -172,9 +172,11 @@ def _occupancy(golden: Mapping[str, np.ndarray], output: Pop3DOutput) -> Iterato
     expected = np.unpackbits(golden["occupancy_packed"], count=int(np.prod(shape)))
     occupied = output.occupancy_logits[0].argmax(-1).reshape(-1)
     clear = np.ones(expected.shape, bool)
-    clear[golden["occupancy_margin_lt_1e-3_index"]] = False
+    prefix, suffix = "occupancy_margin_lt_", "_index"
+    (name,) = (key for key in golden if key.startswith(prefix))
+    clear[golden[name]] = False
     yield exact_where_clear("occupancy_packed", occupied, expected, clear)
     logits = output.point_occupancy_logits[0]
-    clear = np.abs(logits[:, 1] - logits[:, 0]) >= _MARGIN
+    clear = np.abs(logits[:, 1] - logits[:, 0]) >= float(name.removeprefix(prefix).removesuffix(suffix))
     expected = np.unpackbits(golden["point_occupancy_packed"])[: len(logits)]
     yield exact_where_clear("point_occupancy_packed", logits.argmax(-1), expected, clear)

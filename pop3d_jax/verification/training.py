@@ -18,16 +18,13 @@ from pop3d_jax.official_weights import model_to_state_dict
 from pop3d_jax.optim import cosine_with_warmup, make_optimizer, parameter_groups, trainable_norm
 from pop3d_jax.verification.checks import Check, absolute, relative, relative_norm
 from pop3d_jax.verification.golden_model import GoldenFile, golden_arrays, golden_json, tiny_model
+from pop3d_jax.verification.network import NOISE_FACTOR
 
 # The two loss calls of the golden set, and the array that holds the target of each.
 _TARGETS = {"plain": "loss_voxel_target", "weighted_ignore": "loss_voxel_target_ignore"}
 # The call whose gradients and optimiser steps are stored.
 _STORED = "weighted_ignore"
 _TERMS = {"cross_entropy": "ce", "lovasz": "lovasz", "feature": "feature", "total": "total"}
-# Four of the float32 noises of the network's point features, where the set does not tell them: values of order 1.
-_FEATURE_TOLERANCE = 8e-6
-# The official run froze the stem, the first stage and BatchNorm.
-_FROZEN_STAGES = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +60,8 @@ def training(golden_file: GoldenFile) -> Iterator[Check]:
         named = network.named(gradients)
         yield _gradient_norms(variant, named, expected["grad_l2"])
         if variant == _STORED:
-            yield absolute(
-                "loss_point_features", np.asarray(features), golden["loss_point_features"], _FEATURE_TOLERANCE
-            )
+            expected, tolerance = golden["loss_point_features"], noise["outputs"]["point_features"]["max_abs"]
+            yield absolute("loss_point_features", np.asarray(features), expected, max(NOISE_FACTOR * tolerance, 8e-6))
             yield from _stored_gradients(named, golden, noise["spread"]["gradient_relative_l2_by_parameter"])
     yield from _optimizer_steps(network, golden, official, noise["spread"]["adamw_delta_relative_l2"])
 
@@ -88,13 +84,16 @@ def learning_rates(golden_file: GoldenFile) -> Iterator[Check]:
             # The row of update i - 1 is what step i runs at; step 0 runs at the rate of construction.
             steps = np.concatenate([[0], rows[:, 0] + 1])
             expected = np.concatenate([[entry["lr_at_construction"][column - 1]], rows[:, column]])
-            # rtol 2e-5 and atol 1e-12.
-            yield relative(f"base_lr_{base}: {name}", np.asarray(jax.vmap(rate)(steps)), expected, 2e-5, 5e-8)
+            # rtol 2e-5, and atol 1e-7 of the base rate: near the end of a cosine the angle's rounding remains.
+            floor = max(5e-8, 5e-3 * base * multiplier)
+            yield relative(f"base_lr_{base}: {name}", np.asarray(jax.vmap(rate)(steps)), expected, 2e-5, floor)
 
 
 def _network(golden_file: GoldenFile, golden: Mapping[str, np.ndarray]) -> _Network:
     graph, parameters, statistics = split_model(tiny_model(golden_file))
-    ignore = golden_json(golden_file("pop3d/tiny_config.json"))["loss"]["ignore_label"]
+    config = golden_json(golden_file("pop3d/tiny_config.json"))
+    backbone = config["model"]["img_backbone"]
+    ignore, feature_weight = config["loss"]["ignore_label"], float(config["loss"]["ft_loss_weight"])
     images = jnp.asarray(golden["img"][:1].transpose(0, 1, 3, 4, 2))
     matrices = jnp.asarray(golden["lidar2img"][:1], jnp.float32)
     feature_points = jnp.asarray(golden["feature_points"][:1])
@@ -110,11 +109,13 @@ def _network(golden_file: GoldenFile, golden: Mapping[str, np.ndarray]) -> _Netw
             feature_target,
             jnp.ones(feature_target.shape[:2], bool),
             class_weights=class_weights,
+            feature_weight=feature_weight,
             ignore_label=ignore,
         )
         return terms["total"], (terms, output.point_features)
 
-    groups = parameter_groups(parameters, frozen_by(_FROZEN_STAGES, train_batch_norm=False))
+    is_frozen = frozen_by(backbone["frozen_stages"], train_batch_norm=backbone["norm_cfg"]["requires_grad"])
+    groups = parameter_groups(parameters, is_frozen)
     return _Network(graph, parameters, statistics, groups, jax.jit(jax.value_and_grad(loss, has_aux=True)))
 
 

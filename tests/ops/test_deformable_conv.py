@@ -86,10 +86,28 @@ def test_undefined_positions_read_nothing(value, implementation):
 def test_bfloat16_features_keep_their_positions():
     x, offset, mask, kernel = _random_inputs(0)
     half = [a.astype(jnp.bfloat16) for a in (x, mask, kernel)]
-    output = deformable_conv2d(half[0], offset, half[1], half[2], padding=1)
-    assert output.dtype == jnp.bfloat16
-    expected = deformable_conv2d(half[0].astype(jnp.float32), offset, half[1], half[2].astype(jnp.float32), padding=1)
-    np.testing.assert_allclose(output.astype(jnp.float32), expected, atol=0.1, rtol=0.02)
+
+    def gradients(x, mask, kernel, implementation):
+        def total(*inputs):
+            output = deformable_conv2d(*inputs, padding=1, implementation=implementation)
+            return jnp.sum(jnp.sin(output.astype(jnp.float32))), output
+
+        return jax.grad(total, (0, 1, 2, 3), has_aux=True)(x, offset, mask, kernel)
+
+    exact, expected = gradients(*(a.astype(jnp.float32) for a in half), "taps")
+    errors = {}
+    for implementation in ("taps", "matmul"):
+        found, output = gradients(*half, implementation)
+        assert output.dtype == jnp.bfloat16
+        np.testing.assert_allclose(output.astype(jnp.float32), expected, atol=0.1, rtol=0.02)
+        errors[implementation] = [
+            float(jnp.linalg.norm(gradient.astype(jnp.float32) - other) / jnp.linalg.norm(other))
+            for gradient, other in zip(found, exact, strict=True)
+        ]
+    # The result's rounding to bfloat16 is most of the error; neither way of sampling may add much to it.
+    assert max(errors["taps"]) < 0.03
+    for one, other in zip(errors["matmul"], errors["taps"], strict=True):
+        assert one < 1.2 * other + 1e-3
 
 
 def test_taps_store_less_than_the_reference():
