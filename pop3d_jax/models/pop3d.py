@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +70,8 @@ class Pop3DConfig:
     feature_decoder_layers: int = 2
     upscale: Sequence[int] = (1, 1, 1)
     grid_mask: bool = True
-    convolution_implementation: ConvolutionImplementation | Literal["auto"] = "auto"
-    attention_implementation: Implementation | Literal["auto"] = "auto"
+    convolution_implementation: str = "auto"  # or one of those of pop3d_jax/ops/deformable_conv.py
+    attention_implementation: str = "auto"  # likewise, deformable_attention.py
     compute_dtype: str = "float32"
     remat: str = "encoder"
 
@@ -99,6 +99,13 @@ class Pop3DConfig:
                 f"model.remat = {self.remat!r} must be {', '.join(map(repr, _REMAT_NAMES))}, or a list of blocks "
                 f"such as 'layer3,layer4,encoder' from {', '.join(_REMAT_BLOCKS)}"
             )
+        for name, known in (
+            ("convolution_implementation", ConvolutionImplementation),
+            ("attention_implementation", Implementation),
+        ):
+            if getattr(self, name) not in ("auto", *get_args(known)):
+                names = ", ".join(map(repr, ("auto", *get_args(known))))
+                raise ValueError(f"model.{name} = {getattr(self, name)!r} must be one of {names}")
         if self.decoder_layers < 1 or self.feature_decoder_layers < 1:
             raise ValueError("model.decoder_layers and model.feature_decoder_layers must be at least 1")
 

@@ -1,4 +1,5 @@
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pop3d_jax.data.augment import GRID_MASK_PROBABILITY, draw_grid_mask, grid_mask
+from pop3d_jax.data.augment import GRID_MASK_PROBABILITY, GRID_MASK_RATIO, draw_grid_mask, grid_mask
 
 
 @functools.cache
@@ -32,6 +33,13 @@ def test_grid_mask_is_the_stripes_painted_one_by_one(shape, data):
     expected = painted[top : top + height, left : left + width]
     draw = jnp.array([period, *first], jnp.int32)
     np.testing.assert_array_equal(_jitted_mask(*shape)(draw), expected)
+
+
+def test_grid_mask_is_set_as_in_the_official_network():
+    # Of the golden set that ships with the project: others may be drawn at another ratio.
+    with np.load(Path(__file__).parent.parent / "golden" / "pop3d" / "ops.npz") as golden:
+        assert golden["gridmask_ratio"] == GRID_MASK_RATIO
+        assert golden["gridmask_probability"] == GRID_MASK_PROBABILITY
 
 
 def test_grid_mask_draws_follow_the_official_distributions():

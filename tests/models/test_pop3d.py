@@ -106,6 +106,8 @@ def test_published_network_has_the_published_sizes():
         ({"embed_dims": 18, "num_heads": 4}, "embed_dims"),
         ({"cross_attention_points": (8, 60, 64)}, "cross_attention_points"),
         ({"remat": "some"}, "remat = 'some' must be 'none', 'encoder', 'all', or a list of blocks"),
+        ({"attention_implementation": "fast"}, "attention_implementation = 'fast' must be one of 'auto', 'ref"),
+        ({"convolution_implementation": "fast"}, "convolution_implementation = 'fast' must be one of 'auto', 'taps'"),
         ({"remat": "layer3,layer5"}, "from layer1, layer2, layer3, layer4, encoder"),
         ({"decoder_layers": 0}, "decoder_layers"),
     ],
