@@ -15,6 +15,7 @@ from pop3d_jax.data.pipeline import evaluation_batches, training_batches
 from pop3d_jax.data.records import RecordSource
 from pop3d_jax.evaluator import Evaluator
 from pop3d_jax.experiment import build_student, example_settings
+from pop3d_jax.images import draw_photometric, network_images
 from pop3d_jax.program import training_program
 from pop3d_jax.sharding import make_mesh, replicated, shard_batch
 from pop3d_jax.step import initial_state
@@ -27,6 +28,12 @@ MOVED_AT = 2
 
 def parse(meshes: str) -> list[tuple[int, int]]:
     return [tuple(int(size) for size in mesh.split("x")) for mesh in meshes.split(",")]
+
+
+@jax.jit
+def distorted(images):
+    """Network input as the training step makes it with photometric distortion."""
+    return network_images(images, draw_photometric(jax.random.key(0), images.shape[:2]))
 
 
 def main(config_file: str, out: str, checkpoint_folder: str, meshes: str, moved: str = "") -> None:
@@ -62,6 +69,9 @@ def main(config_file: str, out: str, checkpoint_folder: str, meshes: str, moved:
         start = jax.device_put(initial_state(parameters, statistics, program.optimizer), program.shardings)
         state, losses = run(program, mesh, start, batches)
         arrays[f"{name}/losses"] = np.array(losses)
+        with jax.set_mesh(mesh):
+            images = distorted(shard_batch({"images": batches[0]["images"]}, mesh)["images"])
+        arrays[f"{name}/distorted"] = np.asarray(images)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state["parameters"]):
             arrays[f"{name}/parameters{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
         moments = [leaf for leaf in jax.tree.leaves(state["optimizer"]) if leaf.size >= 2**14]
