@@ -1,6 +1,6 @@
 """The demo: the published architecture made small, on the synthetic world, with the tiny CLIP as teacher.
 
-Cost: 1200 steps on two cores, 7 minutes (0.35 s a step); all of `make demo` took 13 min 31 s, installation included.
+Cost: 1200 steps on two cores, 7 min 36 s (0.38 s a step); all of `make demo` took 13 min 31 s, installation included.
 Score on 40 held-out scenes of the synthetic world: occupancy IoU over all voxels 27.69, 1.34 times that of the best
 constant grid (observed voxels only: 34.12, 1.02 times); zero-shot mIoU at occupied voxels 28.43, 7.5 times that of
 shuffled class words.
