@@ -2,6 +2,7 @@
 
 import glob
 import os
+from typing import Any
 
 import jaxlib
 
@@ -18,3 +19,12 @@ if jaxlib.__version__ == "0.10.2":
     _flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_experimental_ynn_fusion_type" not in _flags:
         os.environ["XLA_FLAGS"] = f"{_flags} --xla_cpu_experimental_ynn_fusion_type=".strip()
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is asked for: most commands need neither the store nor the text tower.
+    if name == "FeatureGrids":
+        from pop3d_jax.grids.feature_grids import FeatureGrids
+
+        return FeatureGrids
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -48,6 +48,12 @@ def _scheduled(environment: Mapping[str, str]) -> bool:
     return tasks > 1 or bool(glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"))
 
 
+def meet(where: str) -> None:
+    """Waits until all hosts are here; nothing where there is one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
 class StopRequest:
     """Notices SIGTERM, which a scheduler sends some time before it takes the machine away.
 

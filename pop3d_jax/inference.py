@@ -1,12 +1,15 @@
 """A trained run ready to predict: restored once, asked about single key frames."""
 
+import concurrent.futures
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, UInt8
 
 from pop3d_jax.checkpoint import Checkpoints
@@ -47,25 +50,44 @@ class Predictor:
         Raises:
           WorkdirError, CheckpointError: nothing to restore, or not of this model.
         """
+        mesh = make_mesh(len(jax.local_devices()), 1, jax.local_devices())
         self.config: ml_collections.ConfigDict = read_config(workdir)
         self.student: Student = make_student(self.config)
-        mesh = make_mesh()
         checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
-        self._restored = checkpoints.restore(restored_parts(self.student), replicated(mesh), step)
+        self.step = checkpoints.latest_step() if step is None else step
+        self.restored = checkpoints.restore(restored_parts(self.student), replicated(mesh), step)
+        self._mesh = mesh
         self._settings = example_settings(self.config, training=False)
 
         def predict(restored: dict, images: jax.Array, lidar_to_image: jax.Array) -> tuple[jax.Array, jax.Array]:
             model = merge_model(self.student.graph, restored["parameters"], restored["statistics"])
             output = model(network_images(images), lidar_to_image, voxel_features=True)
-            return jax.nn.softmax(output.occupancy_logits)[0, ..., 1], output.voxel_features[0]
+            return jax.nn.softmax(output.occupancy_logits)[..., 1], output.voxel_features
 
         self._predict = jax.jit(predict)
 
     def __call__(self, key_frame: KeyFrame) -> Prediction:
         """Predicts one key frame; the lidar is not looked at."""
-        example = make_example(key_frame, self._settings, None)
-        occupancy, features = self._predict(self._restored, example["images"][None], example["lidar_to_image"][None])
-        return Prediction(np.asarray(occupancy), np.asarray(features))
+        return next(self.many([key_frame]))
+
+    def many(self, key_frames: Sequence[KeyFrame]) -> Iterator[Prediction]:
+        """Predicts key frames, one on each of this host's devices at a time; pictures are decoded meanwhile."""
+        devices = self._mesh.size
+
+        def batch(start: int) -> dict[str, np.ndarray]:
+            # The last batch repeats its last key frame, so that one shape is compiled.
+            frames = [key_frames[min(start + i, len(key_frames) - 1)] for i in range(devices)]
+            examples = [make_example(frame, self._settings, None) for frame in frames]
+            return {name: np.stack([example[name] for example in examples]) for name in ("images", "lidar_to_image")}
+
+        starts = range(0, len(key_frames), devices)
+        with concurrent.futures.ThreadPoolExecutor(1) as decoder:
+            for start, decoded in zip(starts, decoder.map(batch, starts), strict=True):
+                arrays = jax.device_put(decoded, NamedSharding(self._mesh, PartitionSpec("data")))
+                with jax.set_mesh(self._mesh):
+                    occupancy, features = self._predict(self.restored, arrays["images"], arrays["lidar_to_image"])
+                for i in range(min(devices, len(key_frames) - start)):
+                    yield Prediction(np.asarray(occupancy[i]), np.asarray(features[i]))
 
     def target(self, key_frame: KeyFrame) -> UInt8[np.ndarray, "x y z"] | None:
         """The semantic evaluation target of a key frame (`semantic_rays`), or None where it has no labels."""

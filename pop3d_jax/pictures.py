@@ -19,7 +19,7 @@ from PIL import Image
 from pop3d_jax.data.records import KeyFrame
 from pop3d_jax.geometry import lidar_to_image, project, visible
 from pop3d_jax.nuscenes import CAMERAS, CLASS_COLOURS, CLASS_NAMES, EMPTY
-from pop3d_jax.voxels import Volume
+from pop3d_jax.voxels import Volume, voxel_centres
 
 # As the cameras look around the car: the front row from left to right, the back row as one sees it turning round.
 _IMAGE_ORDER = (
@@ -49,11 +49,6 @@ _FACES = np.array(
 )
 _NEIGHBOURS = np.array([[0, 0, 1], [0, -1, 0], [0, 1, 0], [-1, 0, 0], [1, 0, 0]])
 _LIGHT = np.array([1.0, 0.82, 0.70, 0.76, 0.88])
-
-
-def voxel_centres(occupied: Bool[np.ndarray, "x y z"], volume: Volume) -> Float[np.ndarray, "voxels 3"]:
-    """Centres of the occupied voxels, metres, lidar frame; in C order of the grid."""
-    return (np.argwhere(occupied) + 0.5) * volume.voxel_size + volume.minimum
 
 
 def _exposed_faces(occupied: Bool[np.ndarray, "x y z"]) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +161,9 @@ def draw_query(
         2, 1, height_ratios=(1.35, 1), hspace=0.1, left=0.045, right=0.985, top=0.93, bottom=0.06
     )
     images = grid[0].subgridspec(2, 3, wspace=0.02, hspace=0.10)
-    _draw_images([figure.add_subplot(images[index]) for index in range(6)], key_frame, voxel_centres(hits, volume))
+    _draw_images(
+        [figure.add_subplot(images[index]) for index in range(6)], key_frame, voxel_centres(np.argwhere(hits), volume)
+    )
     below = grid[1].subgridspec(1, columns, wspace=0.12, width_ratios=(1, 1.25) * (columns // 2))
 
     above = figure.add_subplot(below[0])

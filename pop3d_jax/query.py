@@ -1,21 +1,32 @@
-"""Asks a trained run for a phrase: python -m pop3d_jax.query --workdir W --text "a red car" --sample 0 --out out.png
+"""Asks for a phrase: in one key frame of a trained run, or in all key frames of exported grids.
 
-Writes a picture: the six images with the best matches ringed, the occupied voxels coloured by similarity from above
-and in perspective, and the ground truth beside them where there is one. Prints where the best matches are.
+    python -m pop3d_jax.query --workdir W --text "a red car" --sample 0 --out out.png
+    python -m pop3d_jax.query --grids grids.zarr --text "police car" [--text "bus"] [--without "car"] --top 20
+
+The first writes a picture: the six images with the best matches ringed, the occupied voxels coloured by similarity from
+above and in perspective, and the ground truth beside them where there is one, and prints where the best matches are.
+
+The second ranks the key frames of a store that `pop3d_jax.export` wrote, prints where in each of them the phrase fits
+best, and with --out draws the pieces of the images there. A hit that fits a phrase of everyday things better than the
+one asked for is marked with a question mark: "there is none" is an answer.
 """
 
 import numpy as np
-from absl import flags, logging
+from absl import app, flags, logging
 from etils import epath
 from jaxtyping import Bool, Float
 
 from pop3d_jax.checkpoint import CheckpointError
 from pop3d_jax.commands import run, stop_with_message
 from pop3d_jax.data.records import RecordError, RecordSource
+from pop3d_jax.grids.answers import draw_hits, format_hits
+from pop3d_jax.grids.feature_grids import BACKGROUND_PHRASES, FeatureGrids
+from pop3d_jax.grids.store import GridStoreError
 from pop3d_jax.inference import Predictor, find_sample
 from pop3d_jax.models.clip import load_clip
-from pop3d_jax.pictures import draw_query, voxel_centres
+from pop3d_jax.pictures import draw_query
 from pop3d_jax.text import embed_phrases
+from pop3d_jax.voxels import voxel_centres
 from pop3d_jax.workdir import WorkdirError
 
 
@@ -79,7 +90,7 @@ def query(
         title=f"“{text}” in {key_frame.scene_name}, sample {key_frame.sample_token[:8]}",
     )
     lines = [f"{'similarity':>10}  {'right':>8}  {'ahead':>8}  {'up':>8}  metres from the lidar"]
-    scores, centres = similarity[best], voxel_centres(best, volume)
+    scores, centres = similarity[best], voxel_centres(np.argwhere(best), volume)
     for place in np.argsort(-scores, kind="stable")[:5]:
         x, y, z = centres[place]
         lines.append(f"{scores[place]:>10.3f}  {x:>8.1f}  {y:>8.1f}  {z:>8.1f}")
@@ -90,32 +101,60 @@ def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
     flags.DEFINE_string("workdir", None, "Folder that pop3d_jax.train wrote.")
     flags.DEFINE_integer("step", None, "Checkpoint to ask; the newest by default.")
-    flags.DEFINE_string("text", None, 'The phrase, e.g. "a red car".')
+    flags.DEFINE_string("grids", None, "Store that pop3d_jax.export wrote: all its key frames are searched.")
+    flags.DEFINE_multi_string("text", None, 'The phrase, e.g. "a red car"; with --grids it may be given several times.')
     flags.DEFINE_string("sample", "0", "Sample token, or number of the key frame in the split.")
     flags.DEFINE_string("split", None, "Split of the records; the run's config.data.eval_split by default.")
     flags.DEFINE_string("records", None, "Folder of the records; the run's own by default.")
-    flags.DEFINE_string("out", "query.png", "Picture to write.")
+    flags.DEFINE_string("out", None, "Picture to write; query.png by default, none with --grids.")
     flags.DEFINE_integer("hits", 25, "How many of the best voxels are ringed in the images.")
+    flags.DEFINE_integer("top", 20, "With --grids: key frames a phrase.", lower_bound=1)
+    flags.DEFINE_multi_string("without", [], "With --grids: voxels nearer to this phrase do not count.")
+    flags.DEFINE_multi_string("background", list(BACKGROUND_PHRASES), "With --grids: what a phrase must beat.")
+    flags.DEFINE_float("threshold", 0.0, "With --grids: by how much, to count as present.")
+    flags.DEFINE_string("text_tower", None, "With --grids: CLIP folder or hub name; the trained run's by default.")
 
 
 def main(_: list[str]) -> None:
-    with stop_with_message(WorkdirError, CheckpointError, RecordError, ValueError, FileNotFoundError):
+    values = flags.FLAGS
+    if (values.workdir is None) == (values.grids is None):
+        raise app.UsageError("give --workdir to ask a trained run, or --grids to ask exported grids")
+    if values.workdir and len(values.text) > 1:
+        raise app.UsageError("several --text need --grids")
+    with stop_with_message(WorkdirError, CheckpointError, RecordError, GridStoreError, ValueError, FileNotFoundError):
+        if values.grids:
+            _search(values)
+            return
+        out = values.out or "query.png"
         print(
             query(
-                flags.FLAGS.workdir,
-                flags.FLAGS.text,
-                flags.FLAGS.sample,
-                flags.FLAGS.out,
-                step=flags.FLAGS.step,
-                split=flags.FLAGS.split,
-                records=flags.FLAGS.records,
-                hits=flags.FLAGS.hits,
+                values.workdir,
+                values.text[0],
+                values.sample,
+                out,
+                step=values.step,
+                split=values.split,
+                records=values.records,
+                hits=values.hits,
             )
         )
-        logging.info("picture: %s", flags.FLAGS.out)
+        logging.info("picture: %s", out)
+
+
+def _search(values: flags.FlagValues) -> None:
+    grids = FeatureGrids.open(values.grids, text_tower=values.text_tower)
+    hits = grids.search(
+        values.text, values.top, without=values.without, background=values.background, threshold=values.threshold
+    )
+    print(format_hits(hits))
+    if values.out:
+        attributes = grids.store.attributes
+        records = values.records or attributes["config"]["data"]["records"]
+        draw_hits(values.out, hits, RecordSource(records, values.split or attributes["records"]["split"]))
+        logging.info("picture: %s", values.out)
 
 
 if __name__ == "__main__":
     _define_flags()
-    flags.mark_flags_as_required(["workdir", "text"])
+    flags.mark_flags_as_required(["text"])
     run(main)

@@ -22,7 +22,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int32
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int32, Integer
 
 # Official: points are clipped to one millimetre below the upper faces, so that they fall into the last cell.
 _UPPER_MARGIN = 1e-3
@@ -66,6 +66,11 @@ class Volume:
     def num_voxels(self) -> int:
         """Number of voxels."""
         return int(np.prod(self.grid_size))
+
+
+def voxel_centres(coordinates: Integer[np.ndarray, "voxels 3"], volume: Volume) -> Float64[np.ndarray, "voxels 3"]:
+    """Centres of voxels given by their indices (x, y, z); metres, lidar frame."""
+    return (coordinates + 0.5) * volume.voxel_size + volume.minimum
 
 
 def grid_coordinates_float64(points: Float[np.ndarray, "*batch 3"], volume: Volume) -> Float64[np.ndarray, "*batch 3"]:

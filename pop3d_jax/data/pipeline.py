@@ -106,7 +106,8 @@ def _images(key_frame: KeyFrame, settings: ExampleSettings) -> tuple[Batch, list
     return arrays, sizes
 
 
-def _image_sizes(key_frame: KeyFrame) -> list[tuple[int, int]]:
+def image_sizes(key_frame: KeyFrame) -> list[tuple[int, int]]:
+    """(height, width) of the stored images."""
     sizes = []
     for jpeg in key_frame.images:
         with Image.open(io.BytesIO(jpeg)) as image:  # reads the header only
@@ -155,7 +156,7 @@ def make_example(
     if settings.images:
         arrays, sizes = _images(key_frame, settings)
     else:
-        arrays, sizes = {}, _image_sizes(key_frame)
+        arrays, sizes = {}, image_sizes(key_frame)
     if len(set(sizes)) != 1:
         raise ValueError(f"sample {key_frame.sample_token}: the six images differ in size: {sizes}")
     full_hw = sizes[0]

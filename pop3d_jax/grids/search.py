@@ -1,0 +1,159 @@
+"""Searching a store for phrases: every voxel of every key frame is compared, a block of rows at a time.
+
+Similarity is the cosine between a voxel's feature and a phrase's text vector. For int8 codes it is a product with the codes
+as they are, times one number a voxel; for product-quantised codes a sum of table entries. Several phrases, and phrases
+that must not fit better, cost one pass.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num, UInt8
+
+from pop3d_jax.grids.encoding import Codebook
+from pop3d_jax.grids.store import GridStore
+
+# Rows compared at a time: few enough that their float32 copy stays in a processor's cache, see `_products`.
+_CACHE_ROWS = 512
+# Rows read and handed to the device at a time.
+BLOCK_ROWS = 2**16
+# Key frames read at the same time.
+_READERS = 2
+
+
+def rows_of(
+    offsets: Int[np.ndarray, " frames"], counts: Int[np.ndarray, " frames"]
+) -> Iterator[tuple[Int[np.ndarray, " some"], int]]:
+    """Key frames in runs of at most BLOCK_ROWS voxels (or one key frame): their numbers and how many voxels."""
+    run: list[int] = []
+    filled = 0
+    for number in np.flatnonzero(counts > 0):
+        if run and filled + counts[number] > BLOCK_ROWS:
+            yield np.array(run), filled
+            run, filled = [], 0
+        run.append(int(number))
+        filled += int(counts[number])
+    if run:
+        yield np.array(run), filled
+
+
+@jax.jit
+def _products(
+    codes: Num[Array, "rows code"], factor: Float[Array, " rows"], phrases: Float[Array, "dim phrases"]
+) -> Float[Array, "rows phrases"]:
+    """Cosines of float16 or int8 codes; converted a little at a time, so that the copy never leaves the cache."""
+
+    def some(chunk: Array) -> Array:
+        return jnp.dot(chunk.astype(jnp.float32), phrases, precision="highest")
+
+    chunks = codes.reshape(-1, _CACHE_ROWS, codes.shape[1])
+    return jax.lax.map(some, chunks).reshape(len(codes), -1) * factor[:, None]
+
+
+@jax.jit
+def _table_sums(
+    codes: UInt8[Array, "rows parts"], tables: Float[Array, "parts entries phrases"]
+) -> Float[Array, "rows phrases"]:
+    """Cosines of product-quantised codes."""
+    total = jnp.zeros((len(codes), tables.shape[-1]), jnp.float32)
+    for part in range(tables.shape[0]):
+        total += tables[part].at[codes[:, part].astype(jnp.int32)].get(mode="promise_in_bounds")
+    return total
+
+
+def phrase_tables(
+    phrases: Float[np.ndarray, "phrases dim"], codebook: Codebook
+) -> Float[np.ndarray, "parts entries phrases"]:
+    """Dot products of every codebook entry with the part of each phrase that it stands for."""
+    rotated = (phrases @ codebook.rotation).reshape(len(phrases), codebook.parts, -1)
+    return np.einsum("qpd,ped->peq", rotated, codebook.entries).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class BestVoxels:
+    """The voxel of each key frame that fits each phrase best.
+
+    Attributes:
+      similarity: its cosine; minus infinity where no voxel was left.
+      row: its row in the store.
+    """
+
+    similarity: Float[np.ndarray, "frames phrases"]
+    row: Int[np.ndarray, "frames phrases"]
+
+
+def best_voxels(
+    store: GridStore,
+    offsets: Int[np.ndarray, " frames"],
+    counts: Int[np.ndarray, " frames"],
+    phrases: Float[np.ndarray, "phrases dim"],
+    others: Float[np.ndarray, "others dim"],
+    codebook: Codebook | None = None,
+) -> BestVoxels:
+    """One pass over the store.
+
+    Args:
+      store: what is searched.
+      offsets, counts: rows of its key frames.
+      phrases: unit vectors.
+      others: unit vectors; a voxel nearer to one of these than to the phrase is left out for that phrase.
+      codebook: of precision "pq".
+    """
+    vectors = np.concatenate([phrases, others]).astype(np.float32)
+    tables = None if codebook is None else jnp.asarray(phrase_tables(vectors, codebook))
+    columns = jnp.asarray(vectors.T)
+    similarity = np.full((len(counts), len(phrases)), -np.inf, np.float32)
+    row = np.zeros((len(counts), len(phrases)), np.int64)
+
+    def read(run: tuple[np.ndarray, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        numbers, filled = run
+        size = max(BLOCK_ROWS, -(-filled // _CACHE_ROWS) * _CACHE_ROWS)
+        width = store.arrays["features"].shape[1]
+        codes = np.zeros((size, width), store.arrays["features"].dtype.numpy_dtype)
+        factor = np.zeros(size, np.float32)
+        start = 0
+        for number in numbers:
+            rows = slice(int(offsets[number]), int(offsets[number] + counts[number]))
+            stop = start + rows.stop - rows.start
+            codes[start:stop] = store.read("features", rows.start, rows.stop)
+            if codebook is None:
+                norm = store.read("feature_norm", rows.start, rows.stop).astype(np.float32)
+                scale = store.read("feature_scale", rows.start, rows.stop).astype(np.float32)
+                factor[start:stop] = scale / np.maximum(norm, 1e-12)
+            start = stop
+        return numbers, codes, factor
+
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+        for numbers, codes, factor in _ahead(readers, read, rows_of(offsets, counts)):
+            if tables is None:
+                cosines = np.array(_products(codes, factor, columns))
+            else:
+                cosines = np.array(_table_sums(codes, tables))
+            if len(others):
+                nearest_other = cosines[:, len(phrases) :].max(-1)
+                cosines = np.where(cosines < nearest_other[:, None], -np.inf, cosines)
+            start = 0
+            for number in numbers:
+                of_frame = cosines[start : start + counts[number], : len(phrases)]
+                best = of_frame.argmax(0)
+                similarity[number] = of_frame[best, np.arange(len(phrases))]
+                row[number] = offsets[number] + best
+                start += counts[number]
+    return BestVoxels(similarity, row)
+
+
+def _ahead(readers: concurrent.futures.Executor, read: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
+    """`map(read, items)` with a few results under way."""
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    for item in items:
+        waiting.append(readers.submit(read, item))
+        if len(waiting) > _READERS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
