@@ -153,8 +153,7 @@ def export(
         store = GridStore.create(out, attributes, arrays, rows)
     codebook = _codebook(predictor, source, numbers, selection, store) if is_pq else None
     written = store.written()
-    shards = [first for first in range(0, len(numbers), SHARD_KEY_FRAMES)]
-    mine = [first for first in shards[jax.process_index() :: jax.process_count()]]
+    mine = range(0, len(numbers), SHARD_KEY_FRAMES)[jax.process_index() :: jax.process_count()]
     missing = [first for first in mine if not written[first : first + SHARD_KEY_FRAMES].all()]
     if len(missing) < len(mine):
         logging.info("%d of %d files are already there", len(mine) - len(missing), len(mine))

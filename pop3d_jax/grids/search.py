@@ -1,8 +1,8 @@
 """Searching a store for phrases: every voxel of every key frame is compared, a block of rows at a time.
 
-Similarity is the cosine between a voxel's feature and a phrase's text vector. For int8 codes it is a product with the codes
-as they are, times one number a voxel; for product-quantised codes a sum of table entries. Several phrases, and phrases
-that must not fit better, cost one pass.
+Similarity is the cosine between a voxel's feature and a phrase's text vector. For int8 codes it is a product with the
+codes as they are, times one number a voxel; for product-quantised codes a sum of table entries. Several phrases, and
+phrases that must not fit better, cost one pass.
 """
 
 import collections

@@ -1,9 +1,9 @@
 """The store of exported grids: a Zarr v3 group, read by any Zarr library, written by several hosts at once.
 
-A key frame has a fixed range of rows, far more than it needs; rows without a voxel are never written and take no room. So
-every writer knows its rows beforehand, and `voxel_offset` and `voxel_count` say which rows hold voxels. A file holds the
-rows of a few key frames ("shard"); it is written once, whole, by the host that owns these key frames, and their counts
-come last: a store that was stopped half-way goes on where the counts are missing. Every chunk carries a checksum.
+A key frame has a fixed range of rows, far more than it needs; rows without a voxel are never written and take no room.
+So every writer knows its rows beforehand, and `voxel_offset` and `voxel_count` say which rows hold voxels. A file holds
+the rows of a few key frames ("shard"); it is written once, whole, by the host that owns these key frames, and their
+counts come last: a store that was stopped half-way goes on where the counts are missing. Chunks carry checksums.
 
 docs/feature_grids.md describes the arrays and shows how to read them without this package.
 """
