@@ -5,11 +5,10 @@ codes as they are, times one number a voxel; for product-quantised codes a sum o
 phrases that must not fit better, cost one pass.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+import os
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +21,10 @@ from pop3d_jax.grids.store import GridStore
 # Rows compared at a time: few enough that their float32 copy stays in a processor's cache, see `_products`.
 _CACHE_ROWS = 512
 # Rows read and handed to the device at a time.
-BLOCK_ROWS = 2**16
-# Key frames read at the same time.
-_READERS = 2
+BLOCK_ROWS = 2**15
 
 
-def rows_of(
-    offsets: Int[np.ndarray, " frames"], counts: Int[np.ndarray, " frames"]
-) -> Iterator[tuple[Int[np.ndarray, " some"], int]]:
+def runs_of_key_frames(counts: Int[np.ndarray, " frames"]) -> Iterator[tuple[Int[np.ndarray, " some"], int]]:
     """Key frames in runs of at most BLOCK_ROWS voxels (or one key frame): their numbers and how many voxels."""
     run: list[int] = []
     filled = 0
@@ -111,49 +106,37 @@ def best_voxels(
     similarity = np.full((len(counts), len(phrases)), -np.inf, np.float32)
     row = np.zeros((len(counts), len(phrases)), np.int64)
 
-    def read(run: tuple[np.ndarray, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def search(run: tuple[np.ndarray, int]) -> None:
         numbers, filled = run
+        ranges = [(int(offsets[number]), int(offsets[number] + counts[number])) for number in numbers]
         size = max(BLOCK_ROWS, -(-filled // _CACHE_ROWS) * _CACHE_ROWS)
-        width = store.arrays["features"].shape[1]
-        codes = np.zeros((size, width), store.arrays["features"].dtype.numpy_dtype)
-        factor = np.zeros(size, np.float32)
-        start = 0
-        for number in numbers:
-            rows = slice(int(offsets[number]), int(offsets[number] + counts[number]))
-            stop = start + rows.stop - rows.start
-            codes[start:stop] = store.read("features", rows.start, rows.stop)
-            if codebook is None:
-                norm = store.read("feature_norm", rows.start, rows.stop).astype(np.float32)
-                scale = store.read("feature_scale", rows.start, rows.stop).astype(np.float32)
-                factor[start:stop] = scale / np.maximum(norm, 1e-12)
-            start = stop
-        return numbers, codes, factor
+        codes = _filled_up(store.read_ranges("features", ranges), size)
+        if tables is None:
+            norm = _filled_up(store.read_ranges("feature_norm", ranges), size).astype(np.float32)
+            scale = _filled_up(store.read_ranges("feature_scale", ranges), size).astype(np.float32)
+            cosines = np.asarray(_products(codes, scale / np.maximum(norm, 1e-12), columns))
+        else:
+            cosines = np.asarray(_table_sums(codes, tables))
+        cosines = cosines[:filled]
+        if len(others):
+            strongest = cosines[:, len(phrases) :].max(-1)
+            cosines = np.where(cosines < strongest[:, None], -np.inf, cosines)
+        of_frames = np.split(cosines[:, : len(phrases)], np.cumsum(counts[numbers])[:-1])
+        best = np.stack([of_frame.argmax(0) for of_frame in of_frames])
+        similarity[numbers] = np.stack([of_frame.max(0) for of_frame in of_frames])
+        row[numbers] = offsets[numbers, None] + best
 
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
-        for numbers, codes, factor in _ahead(readers, read, rows_of(offsets, counts)):
-            if tables is None:
-                cosines = np.array(_products(codes, factor, columns))
-            else:
-                cosines = np.array(_table_sums(codes, tables))
-            if len(others):
-                nearest_other = cosines[:, len(phrases) :].max(-1)
-                cosines = np.where(cosines < nearest_other[:, None], -np.inf, cosines)
-            start = 0
-            for number in numbers:
-                of_frame = cosines[start : start + counts[number], : len(phrases)]
-                best = of_frame.argmax(0)
-                similarity[number] = of_frame[best, np.arange(len(phrases))]
-                row[number] = offsets[number] + best
-                start += counts[number]
+    # Blocks on every core: one is read while another is compared.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as searchers:
+        for done in [searchers.submit(search, run) for run in runs_of_key_frames(counts)]:
+            done.result()
     return BestVoxels(similarity, row)
 
 
-def _ahead(readers: concurrent.futures.Executor, read: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
-    """`map(read, items)` with a few results under way."""
-    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
-    for item in items:
-        waiting.append(readers.submit(read, item))
-        if len(waiting) > _READERS:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def _filled_up(parts: list[np.ndarray], size: int) -> np.ndarray:
+    """The parts one after the other, and zeros up to one length, so that one shape is compiled."""
+    joined = np.empty((size, *parts[0].shape[1:]), parts[0].dtype)
+    filled = sum(map(len, parts))
+    np.concatenate(parts, out=joined[:filled])
+    joined[filled:] = 0
+    return joined

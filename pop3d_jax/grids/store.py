@@ -204,6 +204,21 @@ class GridStore:
         except (ValueError, OSError) as error:
             raise GridStoreError(f"{self.path}/{name}, rows {start} to {stop}, cannot be read: {error}") from error
 
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Several ranges of rows at once, which costs less than one after the other.
+
+        Raises:
+          GridStoreError: a chunk is damaged.
+        """
+        array = self.arrays[name]
+        try:
+            with ts.Batch() as batch:
+                waiting = [array[start:stop].read(batch=batch) for start, stop in ranges]
+            return [future.result() for future in waiting]
+        except (ValueError, OSError) as error:
+            first, last = ranges[0][0], ranges[-1][1]
+            raise GridStoreError(f"{self.path}/{name}, rows {first} to {last}, cannot be read: {error}") from error
+
     def row_arrays(self) -> dict[str, ts.TensorStore]:
         """Those that have a row for every voxel."""
         return {name: self.arrays[name] for name in _ROW_ARRAYS}

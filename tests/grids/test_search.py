@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+from pop3d_jax.grids import search
+from pop3d_jax.grids.feature_grids import FeatureGrids
+from pop3d_jax.grids.search import best_voxels
+
+from random_grids import DIM
+
+
+def _unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def vectors():
+    return _unit(np.random.default_rng(1).normal(size=(5, DIM)))
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8", "pq"])
+@pytest.mark.parametrize("block", [512, 2**16])
+def test_the_best_voxel_of_every_key_frame(make_store, vectors, precision, block, monkeypatch):
+    monkeypatch.setattr(search, "BLOCK_ROWS", block)
+    path, _ = make_store(precision)
+    grids = FeatureGrids.open(path)
+    phrases, others = vectors[:3], vectors[3:]
+    for without in (others[:0], others):
+        found = best_voxels(grids.store, grids.offsets, grids.counts, phrases, without, grids.codebook)
+        for number in range(len(grids)):
+            if not grids.counts[number]:
+                assert np.all(np.isinf(found.similarity[number]))
+                continue
+            features = grids[number].features
+            # Cosines; product-quantised directions are compared as they are, not made unit length again.
+            length = grids.store.read("feature_norm", *grids._rows(number)).astype(np.float32)
+            cosines = features / length[:, None] @ phrases.T
+            if len(without):
+                rivals = (features / length[:, None] @ without.T).max(-1)
+                cosines = np.where(cosines < rivals[:, None], -np.inf, cosines)
+            np.testing.assert_allclose(found.similarity[number], cosines.max(0), atol=2e-3)
+            rows = found.row[number] - grids.offsets[number]
+            chosen = np.take_along_axis(cosines, rows[None], 0)[0]
+            finite = np.isfinite(chosen)
+            np.testing.assert_allclose(chosen[finite], cosines.max(0)[finite], atol=2e-3)
+
+
+def test_hits_are_ranked_and_placed(make_store, vectors, monkeypatch):
+    path, key_frames = make_store("float16")
+    grids = FeatureGrids.open(path)
+    words = {"a thing": vectors[0], "another": vectors[1], "background": vectors[2]}
+    monkeypatch.setattr("pop3d_jax.grids.feature_grids.embed_phrases", lambda _, texts: np.stack([words[t] for t in texts]))
+    monkeypatch.setattr(FeatureGrids, "clip", None)
+    hits = grids.search(["a thing", "another"], top=4, background=["background", "another"])
+    assert [hit.phrase for hit in hits] == ["a thing"] * 4 + ["another"] * 4
+    for of_phrase in (hits[:4], hits[4:]):
+        similarity = [hit.similarity for hit in of_phrase]
+        assert similarity == sorted(similarity, reverse=True)
+        assert len({hit.sample_token for hit in of_phrase}) == 4
+    best = max(
+        (float((_unit(features) @ vectors[0]).max()), number)
+        for number, (features, _) in enumerate(key_frames)
+        if len(features)
+    )
+    first = hits[0]
+    assert first.sample_token == f"{best[1]:032x}"
+    assert first.similarity == pytest.approx(best[0], abs=1e-3)
+    grid = grids[first.sample_token]
+    row = int(np.flatnonzero((grid.coordinates == first.voxel).all(-1))[0])
+    np.testing.assert_allclose(first.lidar, grid.centres[row])
+    homogeneous = grid.ego_to_global @ grid.lidar_to_ego @ np.append(grid.centres[row], 1.0)
+    np.testing.assert_allclose(first.world, homogeneous[:3])
+    assert first.distance == pytest.approx(np.linalg.norm(grid.centres[row]))
+    # Phrases that are asked for are no background of each other.
+    assert {hit.background for hit in hits} == {"background"}
+    feature = _unit(grid.features[row])
+    assert first.margin == pytest.approx(first.similarity - float(feature @ vectors[2]), abs=1e-5)
+    assert [hit.present for hit in hits] == [hit.margin >= 0 for hit in hits]
+    everything = grids.search("a thing", top=1000, threshold=2.0)
+    assert len(everything) == np.sum(grids.counts > 0)
+    assert not any(hit.present for hit in everything)
+
+
+def test_impossible_questions_are_refused(make_store):
+    grids = FeatureGrids.open(make_store()[0])
+    with pytest.raises(ValueError, match="top = 0"):
+        grids.search("a thing", top=0)
+    with pytest.raises(KeyError, match="not a key frame"):
+        _ = grids["f" * 32]
+    with pytest.raises(KeyError, match="0 to 18, not 19"):
+        _ = grids[19]

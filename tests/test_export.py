@@ -1,0 +1,152 @@
+"""The export command, from a trained run to hits, with real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pop3d_jax import FeatureGrids
+from pop3d_jax.data.records import RecordSource
+from pop3d_jax.grids.exporter import Selection, select
+from pop3d_jax.grids.store import GridStore
+from pop3d_jax.inference import Prediction, Predictor
+
+_PROJECT = Path(__file__).resolve().parent.parent
+
+
+def command(module, *flags, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", f"pop3d_jax.{module}", *map(str, flags)],
+        cwd=_PROJECT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(small_run, tmp_path_factory):
+    """Grids of the training split: all voxels of four key frames, float16."""
+    out = tmp_path_factory.mktemp("exported") / "grids.zarr"
+    done = command(
+        "export", f"--workdir={small_run}", "--split=train", f"--out={out}", "--dense", "--precision=float16"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 key frames, 1,920 voxels, 480 a key frame" in done.stdout
+    return out
+
+
+def test_grids_hold_what_the_network_predicts(small_run, exported):
+    grids = FeatureGrids.open(exported)
+    predictor = Predictor(small_run)
+    source = RecordSource(predictor.config.data.records, "train")
+    assert grids.sample_tokens == source.sample_tokens
+    assert grids.volume == predictor.student.volume
+    for number in range(len(source)):
+        frame, grid = source[number], grids[number]
+        prediction = predictor(frame)
+        at = tuple(grid.coordinates.T)
+        np.testing.assert_allclose(grid.occupancy, prediction.occupancy[at], atol=1e-3)
+        np.testing.assert_allclose(grid.features, prediction.features[at], atol=2e-3, rtol=2e-3)
+        assert grid.scene_name == frame.scene_name
+        assert grid.timestamp == frame.timestamp
+        np.testing.assert_array_equal(grid.lidar_to_camera, frame.lidar_to_camera)
+        np.testing.assert_array_equal(grid.ego_to_global, frame.ego_to_global)
+
+
+def test_selection_keeps_the_most_probable():
+    generator = np.random.default_rng(0)
+    prediction = Prediction(generator.random((4, 3, 2)).astype(np.float32), generator.normal(size=(4, 3, 2, 5)))
+    coordinates, occupancy, features = select(prediction, Selection(threshold=0.3, top_k=6))
+    assert len(coordinates) == 6
+    assert occupancy.min() == np.sort(prediction.occupancy, axis=None)[-6]
+    np.testing.assert_array_equal(features, prediction.features[tuple(coordinates.T)])
+    coordinates, occupancy, _ = select(prediction, Selection(threshold=0.3))
+    assert len(coordinates) == np.sum(prediction.occupancy > 0.3)
+    assert len(select(prediction, Selection(threshold=0.0))[0]) == 24
+
+
+def test_a_phrase_is_looked_up_in_all_key_frames(exported, tmp_path):
+    done = command(
+        "query", f"--grids={exported}", "--text=a red car", "--text=a tree", "--top=3", f"--out={tmp_path / 'hits.png'}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("scene-") == 6
+    assert "“a tree”" in done.stdout
+    assert (tmp_path / "hits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_export_that_was_killed_goes_on(small_run, exported, tmp_path):
+    """Another process has written the store's metadata and died; the next one writes the same store as in one go."""
+    out = tmp_path / "grids.zarr"
+    flags = [f"--workdir={small_run}", "--split=train", f"--out={out}", "--dense", "--precision=float16"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pop3d_jax.export", *flags], cwd=_PROJECT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "voxel_count" / "zarr.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = command("export", *flags)
+    assert done.returncode == 0, done.stderr
+    whole, again = GridStore.open(exported), GridStore.open(out)
+    assert again.attributes == whole.attributes
+    for name in whole.arrays:
+        if name not in whole.row_arrays():
+            np.testing.assert_array_equal(again.read(name), whole.read(name))
+    for start, count in zip(whole.read("voxel_offset"), whole.read("voxel_count"), strict=True):
+        for name in whole.row_arrays():
+            rows = int(start), int(start + count)
+            np.testing.assert_array_equal(again.read(name, *rows), whole.read(name, *rows))
+    nothing_to_do = command("export", *flags)
+    assert "1 of 1 files are already there" in nothing_to_do.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--precision=int8"], "made otherwise (precision, selection differ): nothing was changed"),
+        (["--threshold=1.5"], "--threshold=1.5 must be at least 0 and below 1"),
+        (["--pq_bytes=4"], "--pq_bytes=4 belongs to --precision=pq"),
+        (["--precision=pq", "--pq_bytes=5"], "must divide the 16 dimensions"),
+        (["--samples=none"], "--samples=none is neither a sample token of the split nor a number from 0 to 3"),
+        (["--format=parquet"], "add --precision=float16"),
+    ],
+)
+def test_wrong_requests_are_named(small_run, exported, flags, message):
+    before = sorted(file.stat().st_mtime_ns for file in exported.rglob("*"))
+    done = command("export", f"--workdir={small_run}", "--split=train", f"--out={exported}", *flags)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(file.stat().st_mtime_ns for file in exported.rglob("*")) == before
+
+
+def test_a_table_for_table_people(small_run, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra: pip install 'pop3d-jax[parquet]'")
+    out = tmp_path / "voxels.parquet"
+    flags = [f"--workdir={small_run}", "--format=parquet", "--precision=float16", f"--out={out}", "--top_k=50", "--dense"]
+    done = command("export", *flags)
+    assert done.returncode == 0, done.stderr
+    table = parquet.read_table(out)
+    predictor = Predictor(small_run)
+    source = RecordSource(predictor.config.data.records, "val")
+    assert table.num_rows == 50 * len(source)
+    coordinates, occupancy, features = select(predictor(source[0]), Selection(0.0, 50))
+    first = table.slice(0, 50).to_pydict()
+    assert set(first["sample_token"]) == {source.sample_tokens[0]}
+    np.testing.assert_array_equal(np.stack([first[axis] for axis in "xyz"], -1), coordinates)
+    np.testing.assert_allclose(first["occupancy"], occupancy, atol=1e-3)
+    np.testing.assert_allclose(np.array(first["feature"]), features, atol=2e-3, rtol=2e-3)
+    again = command("export", *flags)
+    assert again.returncode == 1
+    assert "exists: choose another --out, or --overwrite" in again.stderr
