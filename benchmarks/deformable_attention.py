@@ -35,12 +35,14 @@ SHAPES = {
     "demo: images from hw": (313, _DEMO_LEVELS, 4, 24, 2),
     "demo: hw itself": (2500, ((50, 50),), 8, 24, 2),
 }
-_SHAPES = flags.DEFINE_list("shapes", list(SHAPES), "names; --write_table takes all")
+_SHAPES = flags.DEFINE_multi_enum("shapes", list(SHAPES), list(SHAPES), "given once for each; --write_table takes all")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the values")
-_REPEATS = flags.DEFINE_integer("repeats", 7, "timed rounds")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "timed rounds", lower_bound=1)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "compile for this TPU instead of running here")
-_ONLY = flags.DEFINE_list("only", None, "implementations; by default all that are compiled on the platform")
-_WRITE_TABLE = flags.DEFINE_bool("write_table", False, "write the times to the table that `auto` reads")
+_ONLY = flags.DEFINE_multi_enum(
+    "only", None, get_args(Implementation), "given once for each; by default all that are compiled on the platform"
+)
+_WRITE_TABLE = flags.DEFINE_bool("write_table", False, "write the shortest times to the table that `auto` reads")
 _JSON = flags.DEFINE_string("json", None, "folder of the table as JSON")
 
 
@@ -70,8 +72,10 @@ def arguments_of(shape: tuple, dtype: str) -> tuple[jax.Array, ...]:
 
 
 def main(_: list[str]) -> None:
-    if _WRITE_TABLE.value and (_TOPOLOGY.value or _ONLY.value):
-        raise app.UsageError("--write_table measures all implementations here: leave out --topology and --only")
+    if _WRITE_TABLE.value and (_TOPOLOGY.value or _ONLY.value or _DTYPE.value != "float32"):
+        raise app.UsageError(
+            "--write_table measures all implementations here, in float32: leave out --topology, --only and --dtype"
+        )
     place = absent_chip(_TOPOLOGY.value) if _TOPOLOGY.value else None
     # Elsewhere the kernel is interpreted: its time says nothing.
     with_kernel = place is not None or jax.default_backend() == "tpu"

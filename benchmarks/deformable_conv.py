@@ -29,9 +29,9 @@ SHAPES = {
     "demo: stage 4": (6, 5, 8, 128),
 }
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the maps and kernels")
-_REPEATS = flags.DEFINE_integer("repeats", 7, "timed rounds")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "timed rounds", lower_bound=1)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "compile for this TPU instead of running here")
-_WRITE_TABLE = flags.DEFINE_bool("write_table", False, "write the medians to the table that `auto` reads")
+_WRITE_TABLE = flags.DEFINE_bool("write_table", False, "write the shortest times to the table that `auto` reads")
 _JSON = flags.DEFINE_string("json", None, "folder of the table as JSON")
 
 
@@ -60,8 +60,8 @@ def arguments_of(shape: tuple[int, int, int, int], dtype: str) -> tuple[jax.Arra
 
 
 def main(_: list[str]) -> None:
-    if _WRITE_TABLE.value and _TOPOLOGY.value:
-        raise app.UsageError("--write_table measures here: leave out --topology")
+    if _WRITE_TABLE.value and (_TOPOLOGY.value or _DTYPE.value != "float32"):
+        raise app.UsageError("--write_table measures here, in float32: leave out --topology and --dtype")
     place = absent_chip(_TOPOLOGY.value) if _TOPOLOGY.value else None
     suffix = "_" + _TOPOLOGY.value.replace(":", "_") if _TOPOLOGY.value else ""
     table = Table("deformable_conv" + suffix, COLUMNS, dtype=_DTYPE.value)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks.measure import median_seconds
+from benchmarks.measure import medians_in_turns
 from benchmarks.report import Table
 from pop3d_jax import labels
 from pop3d_jax.nuscenes import EMPTY, IGNORE, UNLABELLED
@@ -112,7 +112,7 @@ def main(_):
         ),
         ("all evaluation grids", lambda: all_labels(*on_device), lambda: numpy_labels(points, classes, volume)),
     ):
-        jitted, numpy = (median_seconds(function, (), _REPEATS.value) for function in (ours, plain))
+        jitted, numpy = medians_in_turns([(ours, ()), (plain, ())], _REPEATS.value)
         table.add(name, f"{1e3 * jitted:.2f} ms", f"{1e3 * numpy:.2f} ms", f"{numpy / jitted:.1f}")
     table.write(_JSON.value)
 

@@ -31,10 +31,13 @@ def timed(function: Callable[..., Any], arguments: tuple) -> float:
     return time.perf_counter() - start
 
 
-def median_seconds(function: Callable[..., Any], arguments: tuple, repeats: int) -> float:
-    """Median run time; one run before does not count."""
-    timed(function, arguments)
-    return statistics.median(timed(function, arguments) for _ in range(repeats))
+def medians_in_turns(calls: Sequence[tuple[Callable[..., Any], tuple]], repeats: int) -> list[float]:
+    """Median seconds of each of several calls, one after the other in rounds, so that other work hits all alike.
+
+    One round before does not count.
+    """
+    rounds = [[timed(function, arguments) for function, arguments in calls] for _ in range(repeats + 1)]
+    return [statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True)]
 
 
 def compiled_for(function: Callable[..., Any], arguments: tuple, place: Any = None) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
+from benchmarks.rig import camera_rig
 from pop3d_jax.models.pop3d import Pop3D, Pop3DConfig
 
 _HEIGHT = flags.DEFINE_integer("height", 928, "height of the padded images, a multiple of 32")
@@ -31,22 +32,6 @@ _GRADIENT = flags.DEFINE_bool("gradient", False, "forward and backward of a loss
 _REMAT = flags.DEFINE_string("remat", "encoder", "what the backward pass computes again, as config.model.remat")
 _DTYPE = flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "type of the computation")
 _JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
-
-# Yaw of the cameras in degrees, clockwise from straight ahead, and their horizontal field of view.
-_RIG = ((0, 70), (55, 70), (-55, 70), (180, 110), (-110, 70), (110, 70))
-
-
-def camera_rig(height: int, width: int) -> np.ndarray:
-    """lidar_to_image [camera, 4, 4] of cameras at the lidar's place, 0.3 m below it."""
-    matrices = np.zeros((len(_RIG), 4, 4), np.float32)
-    for matrix, (yaw, field) in zip(matrices, np.radians(_RIG), strict=True):
-        focal = width / 2 / np.tan(field / 2)
-        intrinsics = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
-        rotation = np.array([[np.cos(yaw), -np.sin(yaw), 0], [0, 0, -1], [np.sin(yaw), np.cos(yaw), 0]])
-        matrix[:3, :3] = intrinsics @ rotation
-        matrix[:3, 3] = intrinsics @ np.array([0.0, -0.3, 0.0])
-        matrix[3, 3] = 1.0
-    return matrices
 
 
 def peak_gigabytes() -> float:
@@ -70,9 +55,9 @@ def main(_: list[str]) -> None:
         return jnp.asarray(rng.uniform(-spread, spread, leaf.shape), jnp.float32)
 
     state = jax.tree_util.tree_map_with_path(draw, state)
-    images = 60.0 * rng.standard_normal((_BATCH.value, len(_RIG), _HEIGHT.value, _WIDTH.value, 3), np.float32)
-    images = jnp.asarray(images)
     rig = camera_rig(_HEIGHT.value, _WIDTH.value)
+    images = 60.0 * rng.standard_normal((_BATCH.value, len(rig), _HEIGHT.value, _WIDTH.value, 3), np.float32)
+    images = jnp.asarray(images)
     lidar_to_image = jnp.asarray(np.broadcast_to(rig, (_BATCH.value, *rig.shape)))
     points = jnp.asarray(rng.uniform(0, config.grid_size, (_BATCH.value, _POINTS.value, 3)), jnp.float32)
 
@@ -95,7 +80,7 @@ def main(_: list[str]) -> None:
         jax.block_until_ready(compiled(*inputs))
         seconds.append(time.perf_counter() - start)
     what = "forward and backward" if _GRADIENT.value else "forward"
-    print(f"{what}, {_BATCH.value} x {len(_RIG)} images of {_HEIGHT.value} x {_WIDTH.value}, {_DTYPE.value}")
+    print(f"{what}, {_BATCH.value} x {len(rig)} images of {_HEIGHT.value} x {_WIDTH.value}, {_DTYPE.value}")
     print(f"compilation {compile_seconds:.1f} s, runs {', '.join(f'{s:.1f}' for s in seconds)} s")
     report = {
         "compile_seconds": compile_seconds,

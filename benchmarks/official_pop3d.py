@@ -1,4 +1,4 @@
-"""Time and peak memory of the official PyTorch network's forward pass, for benchmarks/whole_system.py.
+"""Time and peak memory of the official PyTorch network, for benchmarks/whole_system.py.
 
     python official_pop3d.py --official POP3D --repeats 5 --json FILE
 
@@ -20,6 +20,16 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import Any
+
+
+def tensors_in(outputs: Any) -> list:
+    """All tensors of nested lists, tuples and dictionaries that have a gradient."""
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    if isinstance(outputs, list | tuple):
+        return [tensor for output in outputs for tensor in tensors_in(output)]
+    return [outputs] if getattr(outputs, "requires_grad", False) else []
 
 
 def main() -> None:
@@ -30,6 +40,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1600)
     parser.add_argument("--points", type=int, default=34688)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--gradient", action="store_true", help="forward and backward of a mean of squares")
     parser.add_argument("--json", required=True)
     values = parser.parse_args()
     config_file = Path(values.official) / "config" / "pop3d_maskclip_12ep.py"
@@ -58,11 +69,14 @@ def main() -> None:
     shape = (values.height, values.width, 3)
     metas = [{"lidar2img": list(np.load(values.rig).astype(np.float64)), "img_shape": [shape] * 6}]
     seconds = []
-    with torch.no_grad():
+    with torch.set_grad_enabled(values.gradient):
         for _ in range(values.repeats + 1):
             start = time.perf_counter()
             batch = {"points": points, "features": points.clone(), "img": torch.from_numpy(images), "img_metas": metas}
-            network(**batch, use_grid_mask=False)
+            outputs = network(**batch, use_grid_mask=False)
+            if values.gradient:
+                network.zero_grad(set_to_none=True)
+                sum((output.float() ** 2).mean() for output in tensors_in(outputs)).backward()
             seconds.append(time.perf_counter() - start)
     report = {
         "first_seconds": seconds[0],

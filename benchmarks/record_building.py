@@ -8,9 +8,10 @@ are synthetic rows of nuScenes' shape: at scale 1 the 2,631,083 rows of sample_d
 
 import json
 import multiprocessing
-import resource
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ _VERSION = flags.DEFINE_string("version", "v1.0-trainval", "Of the source.")
 _SPLIT = flags.DEFINE_string("split", "train", "Of the source.")
 _SCALE = flags.DEFINE_float("scale", 0.1, "Size of the synthetic tables, 1 for all of v1.0-trainval.")
 _REPEAT = flags.DEFINE_integer("repeat", 1, "Take every key frame so many times, under new tokens.")
+_RUNS = flags.DEFINE_integer("runs", 5, "Timed runs of each; medians are told.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Folder of record_building.json.")
 
 # Rows of a scene of v1.0-trainval: 850 scenes, 34,149 samples, 2,631,083 rows of sample_data, 12 sensors.
@@ -108,13 +110,18 @@ def _write_tables(folder: Path, scale: float) -> int:
     return written
 
 
+def _peak_mebibytes() -> float:
+    """Largest resident set of this program. Not getrusage's, which a child inherits from the process that forked it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
 def _read_measured(folder: Path, results: multiprocessing.Queue) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_mebibytes()
     start = time.perf_counter()
     tables = read_tables(folder, "v1.0-trainval", "train")
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    results.put((seconds, before / 1024, peak / 1024, sum(len(scene.key_frames) for scene in tables.scenes)))
+    results.put((seconds, before, _peak_mebibytes(), sum(len(scene.key_frames) for scene in tables.scenes)))
 
 
 def _measure_tables(scale: float, table: Table) -> None:
@@ -124,11 +131,14 @@ def _measure_tables(scale: float, table: Table) -> None:
         size = sum(path.stat().st_size for path in folder.rglob("*.json"))
         # A process of its own: the peak of memory must be that of reading alone.
         context = multiprocessing.get_context("spawn")
-        results = context.Queue()
-        process = context.Process(target=_read_measured, args=(folder, results))
-        process.start()
-        seconds, before, peak, key_frames = results.get()
-        process.join()
+        runs = []
+        for _ in range(_RUNS.value):
+            results = context.Queue()
+            process = context.Process(target=_read_measured, args=(folder, results))
+            process.start()
+            runs.append(results.get())
+            process.join()
+    seconds, before, peak, key_frames = map(statistics.median, zip(*runs, strict=True))
     table.add(
         f"reading {size / 2**20:.0f} MiB of tables, {rows:,} rows of sample_data, to {key_frames:,} key frames",
         f"{seconds:.1f} s, peak {peak:.0f} MiB, of which {before:.0f} MiB are the program",
@@ -155,12 +165,16 @@ def _repeated(source: Path, version: str, times: int, folder: Path) -> Path:
 
 def _measure_records(table: Table) -> None:
     with tempfile.TemporaryDirectory() as name:
-        out, root = Path(name) / "records", Path(name) / "root"
+        root = Path(name) / "root"
         root.mkdir()
         source = _repeated(Path(_SOURCE.value), _VERSION.value, _REPEAT.value, root)
-        start, cpu = time.perf_counter(), time.process_time()
-        build_split(str(source), _VERSION.value, _SPLIT.value, str(out), skip_errors=False, workers=1)
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        runs = []
+        for number in range(_RUNS.value):
+            out = Path(name) / f"records{number}"
+            start, cpu = time.perf_counter(), time.process_time()
+            build_split(str(source), _VERSION.value, _SPLIT.value, str(out), skip_errors=False, workers=1)
+            runs.append((time.perf_counter() - start, time.process_time() - cpu))
+        seconds, cpu = map(statistics.median, zip(*runs, strict=True))
         records = RecordSource(str(out), _SPLIT.value)
         count, size = len(records), sum(path.stat().st_size for path in out.glob("*tfrecord*"))
         table.add(f"building {count} key frames, one worker", f"{seconds:.2f} s, {cpu:.2f} s of processor time")
@@ -172,14 +186,24 @@ def _measure_records(table: Table) -> None:
         table.add("bytes a key frame", f"{size / count / 1e6:.3f} MB")
         table.add("all of them", f"{_KEY_FRAMES * size / count / 1e9:.1f} GB")
         order = np.random.default_rng(0).permutation(count)
-        start = time.perf_counter()
-        for position in order:
-            _ = records[position]
-        seconds = time.perf_counter() - start
+
+        def read_all() -> None:
+            for position in order:
+                _ = records[position]
+
+        seconds = _median_seconds(read_all)
         table.add("random access, JPEGs undecoded, files in the cache", f"{seconds / count * 1e3:.2f} ms a key frame")
+        seconds = _median_seconds(lambda: check_records(str(out), None, 1))
+        table.add("checking the build", f"{count / seconds:.1f} key frames a second")
+
+
+def _median_seconds(function: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(_RUNS.value):
         start = time.perf_counter()
-        check_records(str(out), None, 1)
-        table.add("checking the build", f"{count / (time.perf_counter() - start):.1f} key frames a second")
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def main(_: list[str]) -> None:

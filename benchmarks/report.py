@@ -40,7 +40,9 @@ class Table:
             return
         made_by = {
             # Without the places of one machine.
-            "command": " ".join([Path(sys.argv[0]).stem, *(re.sub(r"\S*/\S*", "PATH", word) for word in sys.argv[1:])]),
+            "command": " ".join(
+                [Path(sys.argv[0]).stem, *(re.sub(r"(^|=)/\S*", r"\1PATH", word) for word in sys.argv[1:])]
+            ),
             "revision": git_revision(),
             "backend": jax.default_backend(),
             "cores": os.cpu_count(),

@@ -5,8 +5,8 @@
 The step is the experiment's own, on its first batch; the parts are jitted functions of the same arrays: the training
 target; cross entropy with Lovász and its gradient (and cross entropy alone, the difference being Lovász); and the
 evaluation's occupancy score with the labels it needs, which a training step does not even have. The teacher runs in the
-step. Medians of --repeats runs of each, in one
-process. By default the demo's step, the hardest case: a small network in front of a grid of 20,000 voxels.
+step. All run in turns, in one process; medians of --repeats rounds. By default the demo's step, the hardest case: a
+small network in front of a grid of 20,000 voxels.
 """
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from benchmarks.measure import median_seconds
+from benchmarks.measure import medians_in_turns
 from benchmarks.report import Table
 from pop3d_jax.data.pipeline import training_batches
 from pop3d_jax.data.records import RecordSource
@@ -29,7 +29,7 @@ from pop3d_jax.teacher import load_teacher
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "experiment")
 _SPLIT = flags.DEFINE_string("split", "train", "of the records")
-_REPEATS = flags.DEFINE_integer("repeats", 7, "timed runs of each")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "timed rounds", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "folder of step_shares.json")
 
 
@@ -45,12 +45,9 @@ def main(_: list[str]) -> None:
     volume = program.student.volume
     with jax.set_mesh(mesh):
         step = jax.jit(lambda *arguments: program.step(*arguments))
-        whole = median_seconds(step, (state, batch, teacher.parameters), _REPEATS.value)
-
         labels = jax.jit(jax.vmap(lambda points, mask: occupancy_tpvformer(points, mask, volume)))
         target = labels(batch["points"], batch["point_mask"])
         logits = jax.random.normal(jax.random.key(0), (*target.shape, 2))
-        for_labels = median_seconds(labels, (batch["points"], batch["point_mask"]), _REPEATS.value)
 
         def entropy(logits: jax.Array) -> jax.Array:
             return sum(cross_entropy(one, goal) for one, goal in zip(logits, target, strict=True))
@@ -59,8 +56,6 @@ def main(_: list[str]) -> None:
             softmax = jax.nn.softmax(logits)
             return entropy(logits) + sum(lovasz_softmax(one, goal) for one, goal in zip(softmax, target, strict=True))
 
-        for_entropy = median_seconds(jax.jit(jax.grad(entropy)), (logits,), _REPEATS.value)
-        for_both = median_seconds(jax.jit(jax.grad(both)), (logits,), _REPEATS.value)
         judged = jax.jit(
             jax.vmap(lambda *example: evaluation_labels(*example, volume)["occupancy_eval"].astype(jnp.int32))
         )
@@ -69,12 +64,19 @@ def main(_: list[str]) -> None:
             return confusion_matrix(judged(*example), jnp.argmax(logits, -1).astype(jnp.int32), 2)
 
         example = (batch["points"], batch["point_labels"], batch["point_mask"])
-        for_metrics = median_seconds(jax.jit(count), (logits, *example), _REPEATS.value)
+        calls = (
+            (step, (state, batch, teacher.parameters)),
+            (labels, (batch["points"], batch["point_mask"])),
+            (jax.jit(jax.grad(entropy)), (logits,)),
+            (jax.jit(jax.grad(both)), (logits,)),
+            (jax.jit(count), (logits, *example)),
+        )
+        whole, for_labels, for_entropy, for_both, for_metrics = medians_in_turns(calls, _REPEATS.value)
     table = Table("step_shares", ["part", "median", "share of the step"])
     for name, seconds in (
         ("whole training step", whole),
         ("labels", for_labels),
-        ("Lovász, forward and backward", max(for_both - for_entropy, 0.0)),
+        ("Lovász, forward and backward", for_both - for_entropy),
         ("occupancy metric with its labels (evaluation only)", for_metrics),
     ):
         table.add(name, f"{seconds * 1e3:.2f} ms", f"{100 * seconds / whole:.1f} %")

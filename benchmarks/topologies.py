@@ -9,6 +9,7 @@ and 14 GB of memory (one key frame a chip; 18 GB with two). Topologies compiled 
 
 import dataclasses
 import json
+import math
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ _COLUMNS = [
     "topology",
     "key frames a chip",
     "program",
-    "peak",
+    "needed",
     "of the chip",
     "arguments",
+    "temporaries",
+    "alive at a time",
     "collectives",
     "matrix FLOPs",
     "compiled in",
@@ -74,13 +77,15 @@ def compiled(topology: str, batch: int) -> list[dict[str, Any]]:
 
 
 def _cells(program: dict[str, Any], topology: str) -> list[str]:
-    from pop3d_jax.compile_report import CAPACITY
+    from pop3d_jax.compile_report import CAPACITY, Compiled
 
     collectives = [f"{count} {kind} {size / 1e9:.2f} GB" for kind, (count, size) in program["collectives"].items()]
+    fields = {field.name for field in dataclasses.fields(Compiled)}
+    needed = Compiled(**{name: value for name, value in program.items() if name in fields}).needed
     return [
-        f"{program['peak'] / 1e9:.2f} GB",
-        f"{100 * program['peak'] / CAPACITY[topology.partition(':')[0]]:.0f} %",
-        f"{program['arguments'] / 1e9:.2f} GB",
+        f"{needed / 1e9:.2f} GB",
+        f"{100 * needed / CAPACITY[topology.partition(':')[0]]:.0f} %",
+        *(f"{program[name] / 1e9:.2f} GB" for name in ("arguments", "temporaries", "peak")),
         ", ".join(collectives) or "none",
         f"{program['matrix_flops'] / 1e12:.1f} T",
     ]
@@ -89,21 +94,29 @@ def _cells(program: dict[str, Any], topology: str) -> list[str]:
 def main(_: list[str]) -> None:
     path = Path(_JSON.value) / "topologies.json"
     details = json.loads(path.read_text())["details"] if path.exists() else {}
-    for entry in _TOPOLOGIES.value:
-        topology, _, batch = entry.partition("=")
+    wanted = [entry.partition("=")[::2] for entry in _TOPOLOGIES.value]
+    wrong = [f"{topology}={batch}" for topology, batch in wanted if not batch.isdigit() or int(batch) < 1]
+    if wrong:
+        raise app.UsageError(f"--topologies: {', '.join(wrong)}: expected TOPOLOGY=BATCH, for example v5e:4x4=16")
+    for topology, batch in wanted:
         print(f"compiling for {topology}, batch {batch}", flush=True)
         details[f"{topology}={batch}"] = compiled(topology, int(batch))
-        table = Table("topologies", _COLUMNS, **details)
-        for name, programs in sorted(details.items()):
-            topology, _, batch = name.partition("=")
-            chips = 1
-            for side in topology.partition(":")[2].split("x"):
-                chips *= int(side)
-            for program in programs:
-                cells = ["does not fit", *[""] * 4] if program["refused"] else _cells(program, topology)
-                seconds = f"{program['seconds']:.0f} s"
-                table.add(topology, int(batch) // chips, program["name"], *cells, seconds, program["revision"])
-        table.write(_JSON.value)
+        print_table(details).write(_JSON.value)
+    if not wanted:  # columns may have changed
+        print_table(details).write(_JSON.value)
+
+
+def print_table(details: dict[str, list[dict[str, Any]]]) -> Table:
+    """All that was compiled so far, in the order of names."""
+    table = Table("topologies", _COLUMNS, **details)
+    for name, programs in sorted(details.items()):
+        topology, _, batch = name.partition("=")
+        chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+        for program in programs:
+            cells = ["does not fit", *[""] * 6] if program["refused"] else _cells(program, topology)
+            seconds = f"{program['seconds']:.0f} s"
+            table.add(topology, int(batch) // chips, program["name"], *cells, seconds, program["revision"])
+    return table
 
 
 if __name__ == "__main__":

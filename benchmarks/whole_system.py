@@ -1,12 +1,12 @@
-"""The published network's forward pass on this CPU, beside the official PyTorch network where its code is at hand.
+"""The published network on this CPU, forward and in training, beside the official one where its code is at hand.
 
     python -m benchmarks.whole_system [--gradient]
     python -m benchmarks.whole_system --official POP3D_CLONE --official_python PYTHON_WITH_ITS_DEPENDENCIES
 
 Six images of 928 x 1600, 34,688 points, voxel features on, float32, each network in a process of its own, one after the
-other; medians of --repeats runs, compilation apart. --gradient adds the training step's forward and backward pass, of
-ours only: a mean of squares instead of the losses, whose share benchmarks/step_shares.py tells. Without --official
-there is no ratio: seconds of different machines do not compare.
+other; medians of --repeats runs, compilation apart. --gradient adds the training step's forward and backward pass: a
+mean of squares instead of the losses, whose share benchmarks/step_shares.py tells, everything rematerialised in ours.
+Without --official there is no ratio: seconds of different machines do not compare.
 """
 
 import json
@@ -21,12 +21,13 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.report import Table
+from benchmarks.rig import camera_rig
 
 _OFFICIAL = flags.DEFINE_string("official", None, "clone of the official repository vobecant/POP3D")
 _PYTHON = flags.DEFINE_string("official_python", sys.executable, "interpreter that has torch, mmcv, mmseg and mmdet")
 _HEIGHT = flags.DEFINE_integer("height", 928, "height of the padded images")
 _WIDTH = flags.DEFINE_integer("width", 1600, "width of the padded images")
-_GRADIENT = flags.DEFINE_bool("gradient", False, "also forward and backward of ours, everything rematerialised")
+_GRADIENT = flags.DEFINE_bool("gradient", False, "also forward and backward")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs of each")
 _JSON = flags.DEFINE_string("json", None, "folder of whole_system.json")
 
@@ -45,31 +46,28 @@ def measured(command: list[str], folder: str) -> dict[str, Any]:
 def main(_: list[str]) -> None:
     sizes = ["--height", str(_HEIGHT.value), "--width", str(_WIDTH.value), "--repeats", str(_REPEATS.value)]
     table = Table("whole_system", ["float32", "median", "peak memory", "first call's compilation"])
+    passes = {"forward": []} | ({"forward and backward": ["--gradient"]} if _GRADIENT.value else {})
     with tempfile.TemporaryDirectory() as folder:
-        ours = measured([sys.executable, "-m", "benchmarks.model_memory", *sizes], folder)
-        table.add("ours, forward", *_figures(ours), f"{ours['compile_seconds']:.1f} s")
-        table.details["ours"] = ours
-        if _GRADIENT.value:
-            flags_of_gradient = ["--gradient", "--remat", "all"]
-            both = measured([sys.executable, "-m", "benchmarks.model_memory", *sizes, *flags_of_gradient], folder)
-            table.add("ours, forward and backward", *_figures(both), f"{both['compile_seconds']:.1f} s")
-            table.details["ours_gradient"] = both
-        if _OFFICIAL.value:
-            from benchmarks.model_memory import camera_rig
-
-            rig = Path(folder) / "rig.npy"
-            np.save(rig, camera_rig(_HEIGHT.value, _WIDTH.value))
+        rig = Path(folder) / "rig.npy"
+        np.save(rig, camera_rig(_HEIGHT.value, _WIDTH.value))
+        for name, more in passes.items():
+            remat = ["--remat", "all"] if more else []
+            ours = measured([sys.executable, "-m", "benchmarks.model_memory", *sizes, *more, *remat], folder)
+            table.add(f"ours, {name}", *_figures(ours), f"{ours['compile_seconds']:.1f} s")
+            table.details[f"ours, {name}"] = ours
+            if not _OFFICIAL.value:
+                continue
             script = str(Path(__file__).with_name("official_pop3d.py"))
-            command = [_PYTHON.value, script, "--official", _OFFICIAL.value, "--rig", str(rig), *sizes]
+            command = [_PYTHON.value, script, "--official", _OFFICIAL.value, "--rig", str(rig), *sizes, *more]
             theirs = measured(command, folder)
-            table.add("official, forward", *_figures(theirs), "none")
+            table.add(f"official, {name}", *_figures(theirs), "none")
             table.add(
-                "ours / official, forward",
+                f"ours / official, {name}",
                 f"{ours['median_seconds'] / theirs['median_seconds']:.2f}",
                 f"{ours['peak_gigabytes'] / theirs['peak_gigabytes']:.2f}",
                 "",
             )
-            table.details["official"] = theirs
+            table.details[f"official, {name}"] = theirs
     table.write(_JSON.value)
 
 

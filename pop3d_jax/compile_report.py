@@ -50,9 +50,11 @@ class Compiled:
     Attributes:
       name: "training step" or "inference step".
       seconds: how long compilation took here.
-      arguments, outputs, aliased, temporaries, peak: bytes; `aliased` outputs lie in arguments' memory.
+      arguments, outputs, aliased, temporaries: bytes; `aliased` outputs lie in arguments' memory.
+      peak: bytes that are alive at the same time at most, without the gaps between them: less than `needed`.
       matrix_flops: of matrix products and convolutions, every turn of a loop counted, before the compiler
-        (`traced_cost`), divided by the chips: right as long as all of it follows the batch (Muon's updates do not).
+        (`traced_cost`), divided by the chips: right as long as all of it follows the batch (Muon's updates do not);
+        None where the mesh has a camera axis, over which some of the work is repeated and not shared.
       flops, bytes_accessed: the compiler's count, in which a loop's body counts once; None where it does not say.
       collectives: by kind, how many and the bytes of their results; inside loops once.
       largest: arrays in main memory.
@@ -66,12 +68,17 @@ class Compiled:
     aliased: int = 0
     temporaries: int = 0
     peak: int = 0
-    matrix_flops: float = 0.0
+    matrix_flops: float | None = 0.0
     flops: float | None = None
     bytes_accessed: float | None = None
     collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     largest: tuple[LargeArray, ...] = ()
     refused: str = ""
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the chip must have for the program."""
+        return max(self.arguments + self.temporaries + self.outputs - self.aliased, self.peak)
 
 
 def topology_mesh(topology: str, config: ml_collections.ConfigDict) -> Mesh:
@@ -208,6 +215,7 @@ def _compiled(name: str, function: Any, arguments: tuple) -> Compiled:
             raise
         return Compiled(name, time.monotonic() - start, refused=_first_lines(str(error)))
     seconds = time.monotonic() - start
+    mesh = jax.sharding.get_abstract_mesh()
     memory, cost, text = program.memory_analysis(), program.cost_analysis() or {}, program.as_text()
     return Compiled(
         name,
@@ -217,7 +225,7 @@ def _compiled(name: str, function: Any, arguments: tuple) -> Compiled:
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.peak_memory_in_bytes,
-        jaxpr_cost(traced.jaxpr.jaxpr).flops / jax.sharding.get_abstract_mesh().size,
+        None if mesh.shape.get("camera", 1) > 1 else jaxpr_cost(traced.jaxpr.jaxpr).flops / mesh.size,
         cost.get("flops"),
         cost.get("bytes accessed"),
         collectives(text),
@@ -257,9 +265,10 @@ def format_report(programs: list[Compiled], topology: str, config: ml_collection
         ("arguments", lambda p: _size(p.arguments)),
         ("temporaries", lambda p: _size(p.temporaries)),
         ("outputs not in arguments", lambda p: _size(p.outputs - p.aliased)),
-        ("peak", lambda p: _size(p.peak)),
-        ("of the chip's memory", lambda p: f"{100 * p.peak / capacity:.1f} %"),
-        ("matrix FLOPs", lambda p: f"{p.matrix_flops / 1e12:.2f} T"),
+        ("needed", lambda p: _size(p.needed)),
+        ("of the chip's memory", lambda p: f"{100 * p.needed / capacity:.1f} %"),
+        ("alive at a time", lambda p: _size(p.peak)),
+        ("matrix FLOPs", lambda p: "-" if p.matrix_flops is None else f"{p.matrix_flops / 1e12:.2f} T"),
         ("FLOPs, loop bodies once", lambda p: "-" if p.flops is None else f"{p.flops / 1e12:.2f} T"),
         ("bytes, loop bodies once", lambda p: "-" if p.bytes_accessed is None else _size(p.bytes_accessed)),
     ]
@@ -284,7 +293,7 @@ def format_report(programs: list[Compiled], topology: str, config: ml_collection
 def fits(programs: list[Compiled], topology: str) -> bool:
     """Whether every program stays within the chip's memory."""
     capacity = CAPACITY[topology.partition(":")[0]]
-    return all(not program.refused and program.peak <= capacity for program in programs)
+    return all(not program.refused and program.needed <= capacity for program in programs)
 
 
 def _size(count: float | int) -> str:

@@ -60,7 +60,8 @@ def test_the_kernels_agree_on_maps_wider_than_a_tile(dtype):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_nothing_is_asked_and_what_is_not_a_number_is_told(implementation):
     shapes, values, locations, weights = _random_case(4)
-    nothing = deformable_attention(values, shapes, locations[..., :0, :, :, :, :], weights[..., :0, :, :, :])
+    none = locations[..., :0, :, :, :, :], weights[..., :0, :, :, :]
+    nothing = deformable_attention(values, shapes, *none, implementation=implementation)
     assert nothing.shape == (*values.shape[:2], 0, *values.shape[-2:])
     locations = locations.at[0, 0, 0, 0, 0, 0, 0].set(jnp.nan)
     output = deformable_attention(values, shapes, locations, weights, implementation=implementation)
