@@ -2,10 +2,10 @@
 
     python -m benchmarks.grid_precision --workdir demo/run --retrieval demo/world/retrieval [--json docs/results]
 
-Each precision on the held-out split: bytes, zero-shot mIoU over the stored voxels that the lidar's ground truth labels, and
-mean average precision of the benchmark's phrases over the lidar points in stored voxels. Then phrases that a key frame
-has or has not: with a threshold for the margin over the background phrases, chosen on the first half of the key frames, told
-on the second.
+Each precision on the held-out split: bytes, zero-shot mIoU over the stored voxels that the lidar's ground truth labels,
+and mean average precision of the benchmark's phrases over the lidar points in stored voxels. Then phrases that a key
+frame has or has not: with a threshold for the margin over the background phrases, chosen on the first half of the key
+frames, told on the second.
 """
 
 import dataclasses
@@ -95,7 +95,8 @@ def precision_table(predictor: Predictor, frames: list[StoredVoxels], clip, quer
     plain = [frame.features for frame in frames]
     dim = plain[0].shape[1]
     table = Table(
-        "grid_precision", ["features", "bytes a voxel", "mIoU", "lost", "retrieval mAP", "lost", "largest error of cosine"]
+        "grid_precision",
+        ["features", "bytes a voxel", "mIoU", "lost", "retrieval mAP", "lost", "largest error of cosine"],
     )
     reference = scores(frames, plain, classifier, text)
     table.add("float32, not stored", 4 * dim, f"{reference[0]:.2f}", "", f"{reference[1]:.2f}", "", "")
@@ -113,7 +114,12 @@ def precision_table(predictor: Predictor, frames: list[StoredVoxels], clip, quer
         unit = [x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (plain[0], decoded[0])]
         error = np.abs((unit[0] - unit[1]) @ classifier.embeddings.T).max()
         size = _bytes(encoded[0])
-        cells = [f"{result[0]:.2f}", f"{reference[0] - result[0]:.2f}", f"{result[1]:.2f}", f"{reference[1] - result[1]:.2f}"]
+        cells = [
+            f"{result[0]:.2f}",
+            f"{reference[0] - result[0]:.2f}",
+            f"{result[1]:.2f}",
+            f"{reference[1] - result[1]:.2f}",
+        ]
         table.add(name, size, *cells, f"{error:.4f}")
     return table
 
@@ -139,13 +145,16 @@ def absent_table(grids: FeatureGrids, queries: list[Query]) -> Table:
         return precision, recall, 2 * precision * recall / max(precision + recall, 1e-9)
 
     thresholds = np.quantile(margins[chosen_on], np.linspace(0.01, 0.99, 99))
+
     # The lowest score of the two answers, so that "absent" is not said of everything.
     def balanced(threshold: float) -> float:
         said, absent = margins[chosen_on] < threshold, truth[chosen_on]
         return min((said & absent).sum() / absent.sum(), (~said & ~absent).sum() / (~absent).sum())
 
     best = max(thresholds, key=balanced)
-    table = Table("grid_absent", ["answer", "threshold", "precision of absent", "recall of absent", "absent, yet answered"])
+    table = Table(
+        "grid_absent", ["answer", "threshold", "precision of absent", "recall of absent", "absent, yet answered"]
+    )
     rest = ~chosen_on
     table.add("always the best voxel", "none", "-", "0.00", f"{100 * truth[rest].mean():.0f} %")
     for name, threshold in (("background phrase fits better", 0.0), ("threshold of the other half", float(best))):

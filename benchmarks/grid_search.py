@@ -1,15 +1,13 @@
 """Searching a store of many key frames: seconds and resident memory, int8 and product-quantised.
 
-    python -m benchmarks.grid_search [--key_frames 6000] [--voxels 4000] [--dim 512] [--folder /tmp/grids] [--json docs/results]
+    python -m benchmarks.grid_search [--key_frames 6000] [--voxels 4000] [--dim 512] [--folder F] [--json docs/results]
 
-Makes a store of random features of the published width (12.3 GB at int8, kept in --folder and used again), reads it once, so
-that the file is in the page cache, and then times whole searches, each in a process of its own: opening, one pass over all
-voxels, ranking. Text vectors are random, too: the text tower's time is not in it.
+Makes a store of random features of the published width (12.3 GB at int8, kept in --folder and used again), reads it
+once, so that the file is in the page cache, and then times whole searches, each in a process of its own: opening, one
+pass over all voxels, ranking. Text vectors are random, too: the text tower's time is not in it.
 """
 
-import json
 import multiprocessing
-import os
 import resource
 import time
 from pathlib import Path

@@ -134,7 +134,14 @@ def test_wrong_requests_are_named(small_run, exported, flags, message):
 def test_a_table_for_table_people(small_run, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra: pip install 'pop3d-jax[parquet]'")
     out = tmp_path / "voxels.parquet"
-    flags = [f"--workdir={small_run}", "--format=parquet", "--precision=float16", f"--out={out}", "--top_k=50", "--dense"]
+    flags = [
+        f"--workdir={small_run}",
+        "--format=parquet",
+        "--precision=float16",
+        f"--out={out}",
+        "--top_k=50",
+        "--dense",
+    ]
     done = command("export", *flags)
     assert done.returncode == 0, done.stderr
     table = parquet.read_table(out)

