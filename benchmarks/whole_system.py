@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from benchmarks.rig import camera_rig
 
 from benchmarks.report import Table
+from benchmarks.rig import camera_rig
 
 _OFFICIAL = flags.DEFINE_string("official", None, "clone of the official repository vobecant/POP3D")
 _PYTHON = flags.DEFINE_string("official_python", sys.executable, "interpreter that has torch, mmcv, mmseg and mmdet")

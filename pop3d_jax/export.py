@@ -23,6 +23,9 @@ from pop3d_jax.hosts import join_hosts
 from pop3d_jax.inference import Predictor, find_sample
 from pop3d_jax.workdir import WorkdirError
 
+# Fewer bytes lose more than a point of retrieval on the demo's features (benchmarks/grid_precision.py).
+_LEAST_PQ_BYTES = 8
+
 
 def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
@@ -38,7 +41,10 @@ def _define_flags() -> None:
     flags.DEFINE_bool("dense", False, "All voxels, whatever their probability: --threshold=0. Large; mind --samples.")
     flags.DEFINE_enum("precision", "int8", PRECISIONS, "Of the features: float16, int8 with a scale a voxel, or pq.")
     flags.DEFINE_integer(
-        "pq_bytes", None, "Bytes of a feature at --precision=pq; a 32nd of its float16 size by default.", lower_bound=1
+        "pq_bytes",
+        None,
+        "Bytes of a feature at --precision=pq; by default a 32nd of its float16 size, and 8 at least.",
+        lower_bound=1,
     )
     flags.DEFINE_bool("overwrite", False, "Delete another store that is at --out.")
 
@@ -53,9 +59,10 @@ def main(_: list[str]) -> None:
         config = predictor.config
         split = values.split or config.data.eval_split
         source = RecordSource(values.records or config.data.records, split)
-        numbers = [find_sample(source, sample) for sample in values.samples or ()] or range(len(source))
-        is_pq = values.precision == "pq"
-        pq_bytes = (values.pq_bytes or max(config.model.feature_dim // 16, 1)) if is_pq else values.pq_bytes or 0
+        numbers = [find_sample(source, sample, "--samples") for sample in values.samples or ()] or range(len(source))
+        pq_bytes = values.pq_bytes or 0
+        if values.precision == "pq" and not pq_bytes:
+            pq_bytes = max(config.model.feature_dim // 16, _LEAST_PQ_BYTES)
         selection = Selection(0.0 if values.dense else values.threshold, values.top_k, values.precision, pq_bytes)
         if values.format == "parquet":
             rows = write_parquet(values.out, predictor, source, numbers, selection, overwrite=values.overwrite)

@@ -103,7 +103,7 @@ class Predictor:
         return np.asarray(grid)
 
 
-def find_sample(source: RecordSource, sample: str) -> int:
+def find_sample(source: RecordSource, sample: str, flag: str = "--sample") -> int:
     """Index of a sample given by its token or its number in the split.
 
     Raises:
@@ -113,6 +113,4 @@ def find_sample(source: RecordSource, sample: str) -> int:
         return source.sample_tokens.index(sample)
     if sample.isdigit() and int(sample) < len(source):
         return int(sample)
-    raise ValueError(
-        f"--sample={sample} is neither a sample token of the split nor a number from 0 to {len(source) - 1}"
-    )
+    raise ValueError(f"{flag}={sample} is neither a sample token of the split nor a number from 0 to {len(source) - 1}")

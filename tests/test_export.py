@@ -12,9 +12,10 @@ import pytest
 
 from pop3d_jax import FeatureGrids
 from pop3d_jax.data.records import RecordSource
-from pop3d_jax.grids.exporter import Selection, select
+from pop3d_jax.grids.exporter import Selection, export, select
 from pop3d_jax.grids.store import GridStore
-from pop3d_jax.inference import Prediction, Predictor
+from pop3d_jax.grids.tables import write_parquet
+from pop3d_jax.inference import Prediction, Predictor, find_sample
 
 _PROJECT = Path(__file__).resolve().parent.parent
 
@@ -111,24 +112,32 @@ def test_an_export_that_was_killed_goes_on(small_run, exported, tmp_path):
     assert "1 of 1 files are already there" in nothing_to_do.stderr
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--precision=int8"], "made otherwise (precision, selection differ): nothing was changed"),
-        (["--threshold=1.5"], "--threshold=1.5 must be at least 0 and below 1"),
-        (["--pq_bytes=4"], "--pq_bytes=4 belongs to --precision=pq"),
-        (["--precision=pq", "--pq_bytes=5"], "must divide the 16 dimensions"),
-        (["--samples=none"], "--samples=none is neither a sample token of the split nor a number from 0 to 3"),
-        (["--format=parquet"], "add --precision=float16"),
-    ],
-)
-def test_wrong_requests_are_named(small_run, exported, flags, message):
+def test_a_store_made_otherwise_stays(small_run, exported):
     before = sorted(file.stat().st_mtime_ns for file in exported.rglob("*"))
-    done = command("export", f"--workdir={small_run}", "--split=train", f"--out={exported}", *flags)
+    done = command("export", f"--workdir={small_run}", "--split=train", f"--out={exported}", "--precision=int8")
     assert done.returncode == 1
-    assert message in done.stderr
+    assert "made otherwise (precision, selection differ): nothing was changed" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(file.stat().st_mtime_ns for file in exported.rglob("*")) == before
+
+
+def test_wrong_requests_are_named(small_run, tmp_path):
+    with pytest.raises(ValueError, match=r"--threshold=1.5 must be at least 0 and below 1"):
+        Selection(threshold=1.5)
+    with pytest.raises(ValueError, match="--pq_bytes=4 belongs to --precision=pq"):
+        Selection(precision="int8", pq_bytes=4)
+    predictor = Predictor(small_run)
+    source = RecordSource(predictor.config.data.records, "train")
+    with pytest.raises(
+        ValueError, match="--samples=none is neither a sample token of the split nor a number from 0 to 3"
+    ):
+        find_sample(source, "none", "--samples")
+    odd = Selection(precision="pq", pq_bytes=5)
+    with pytest.raises(ValueError, match="--pq_bytes=5 must divide the 16 dimensions"):
+        export(predictor, source, range(4), tmp_path / "grids.zarr", odd, split="train", text_tower="nowhere")
+    with pytest.raises(ValueError, match=r"add --precision=float16"):
+        write_parquet(tmp_path / "voxels.parquet", predictor, source, range(4), Selection())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_table_for_table_people(small_run, tmp_path):

@@ -117,6 +117,7 @@ def export(
 
     Raises:
       GridStoreError: the place holds something else, there is no room, or a write failed.
+      ValueError: the grid is too fine, or --pq_bytes does not divide the features.
     """
     volume, config = predictor.student.volume, predictor.config
     if max(volume.grid_size) > 256:
@@ -124,6 +125,8 @@ def export(
     dim = config.model.feature_dim
     rows = rows_per_key_frame(min(selection.top_k or volume.num_voxels, volume.num_voxels))
     is_pq = selection.precision == "pq"
+    if is_pq and dim % selection.pq_bytes:
+        raise ValueError(f"--pq_bytes={selection.pq_bytes} must divide the {dim} dimensions of the features")
     shapes = ((dim, dim), (selection.pq_bytes, CODEBOOK_ENTRIES, dim // selection.pq_bytes)) if is_pq else None
     attributes = {
         "precision": selection.precision,

@@ -8,6 +8,7 @@ hits = grids.search("red car", top=20)
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -87,8 +88,8 @@ class Hit:
       phrase: what was asked.
       sample_token, scene_name: the key frame.
       similarity: cosine between the voxel's feature and the phrase.
-      margin: how much larger that is than the cosine with the best background phrase; below the search's threshold
-        the phrase counts as absent.
+      margin: how much nearer a voxel is to the phrase than to the nearest background phrase: of the key frame's voxel
+        where that is most, which may be another one. Below the search's threshold the phrase counts as absent.
       background: that phrase.
       present: whether the margin reaches the threshold.
       voxel: indices (x, y, z).
@@ -240,7 +241,8 @@ class FeatureGrids:
           text: a phrase, or several, which cost one pass.
           top: hits for each phrase.
           without: a voxel that is nearer to one of these phrases than to the one asked for is left out.
-          background: phrases that say what else there may be; those that are among the phrases asked for are left out.
+          background: phrases that say what else there may be; those made of words of the phrase asked for are left
+            out, as "car" for "a red car".
           threshold: margin over the background from which on a hit counts as present.
 
         Returns:
@@ -253,63 +255,67 @@ class FeatureGrids:
         phrases = [text] if isinstance(text, str) else list(text)
         if top < 1:
             raise ValueError(f"top = {top} must be at least 1")
-        background = [phrase for phrase in background if phrase not in phrases]
         vectors = embed_phrases(self.clip, [*phrases, *without, *background])
         asked, others, behind = np.split(vectors, [len(phrases), len(phrases) + len(without)])
         best = best_voxels(self.store, self.offsets, self.counts, asked, others, self.codebook)
         hits = []
         for column, phrase in enumerate(phrases):
+            words = set(phrase.lower().split())
+            rivals = [i for i, other in enumerate(background) if not set(other.lower().split()) <= words]
             order = np.argsort(-best.similarity[:, column], kind="stable")
             order = order[np.isfinite(best.similarity[order, column])][:top]
-            hits += [
-                self._hit(
-                    phrase, int(number), int(best.row[number, column]), asked[column], behind, background, threshold
+            for number in map(int, order):
+                margin, rival = self._margin(number, asked[column], behind[rivals])
+                name = background[rivals[rival]] if rivals else ""
+                place = self._place(number, int(best.row[number, column]))
+                similarity = float(best.similarity[number, column])
+                hits.append(
+                    Hit(
+                        phrase,
+                        similarity=similarity,
+                        margin=margin,
+                        background=name,
+                        present=margin >= threshold,
+                        **place,
+                    )
                 )
-                for number in order
-            ]
         return hits
 
-    def _hit(
-        self,
-        phrase: str,
-        number: int,
-        row: int,
-        vector: Float[np.ndarray, " dim"],
-        behind: Float[np.ndarray, "background dim"],
-        background: Sequence[str],
-        threshold: float,
-    ) -> Hit:
+    def _margin(
+        self, number: int, phrase: Float[np.ndarray, " dim"], behind: Float[np.ndarray, "background dim"]
+    ) -> tuple[float, int]:
+        """The largest lead of a phrase over all others in a key frame, and which of them came nearest there."""
+        if not len(behind):
+            return float("inf"), -1
+        start, stop = self._rows(number)
         encoded = EncodedFeatures(
-            self.store.read("features", row, row + 1), self.store.read("feature_scale", row, row + 1)
+            self.store.read("features", start, stop), self.store.read("feature_scale", start, stop)
         )
-        feature = decode(encoded, self.codebook)[0]
-        feature /= max(float(np.linalg.norm(feature)), 1e-12)
-        similarity = float(feature @ vector)
-        rivals = behind @ feature
-        strongest = int(np.argmax(rivals)) if len(rivals) else -1
-        margin = similarity - float(rivals[strongest]) if len(rivals) else float("inf")
+        features = decode(encoded, self.codebook)
+        features /= np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+        rivals = features @ behind.T
+        lead = features @ phrase - rivals.max(-1)
+        most = int(np.argmax(lead))
+        return float(lead[most]), int(np.argmax(rivals[most]))
+
+    def _place(self, number: int, row: int) -> dict[str, Any]:
+        """Where a row's voxel is, as `Hit` tells it."""
         coordinates = self.store.read("coordinates", row, row + 1)
         lidar = voxel_centres(coordinates, self.volume)[0]
-        lidar_to_ego = self.store.read("lidar_to_ego", number, number + 1)[0]
-        ego = lidar_to_ego @ np.append(lidar, 1.0)
+        ego = self.store.read("lidar_to_ego", number, number + 1)[0] @ np.append(lidar, 1.0)
         world = self.store.read("ego_to_global", number, number + 1)[0] @ ego
         camera, pixel = self._seen_by(number, lidar)
-        return Hit(
-            phrase,
-            self.sample_tokens[number],
-            self.scene_names[number],
-            similarity,
-            margin,
-            background[strongest] if len(rivals) else "",
-            margin >= threshold,
-            tuple(map(int, coordinates[0])),
-            tuple(map(float, lidar)),
-            tuple(map(float, ego[:3])),
-            tuple(map(float, world[:3])),
-            float(np.linalg.norm(lidar)),
-            camera,
-            pixel,
-        )
+        return {
+            "sample_token": self.sample_tokens[number],
+            "scene_name": self.scene_names[number],
+            "voxel": tuple(map(int, coordinates[0])),
+            "lidar": tuple(map(float, lidar)),
+            "ego": tuple(map(float, ego[:3])),
+            "world": tuple(map(float, world[:3])),
+            "distance": float(np.linalg.norm(lidar)),
+            "camera": camera,
+            "pixel": pixel,
+        }
 
     def _seen_by(self, number: int, point: Float64[np.ndarray, "3"]) -> tuple[str | None, tuple[float, float] | None]:
         """The camera whose image has the point nearest to its centre."""

@@ -8,6 +8,7 @@ phrases that must not fit better, cost one pass.
 import concurrent.futures
 import dataclasses
 import os
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -106,14 +107,24 @@ def best_voxels(
     similarity = np.full((len(counts), len(phrases)), -np.inf, np.float32)
     row = np.zeros((len(counts), len(phrases)), np.int64)
 
+    # What a thread reads into, again and again: fresh memory for every block would cost more than comparing it.
+    buffers = threading.local()
+    size = max(BLOCK_ROWS, -(-int(counts.max(initial=0)) // _CACHE_ROWS) * _CACHE_ROWS)
+
+    def read(name: str, ranges: list[tuple[int, int]]) -> np.ndarray:
+        array = store.arrays[name]
+        if not hasattr(buffers, name):
+            setattr(buffers, name, np.zeros((size, *array.shape[1:]), array.dtype.numpy_dtype))
+        rows = getattr(buffers, name)
+        store.read_into(name, ranges, rows)
+        return rows
+
     def search(run: tuple[np.ndarray, int]) -> None:
         numbers, filled = run
         ranges = [(int(offsets[number]), int(offsets[number] + counts[number])) for number in numbers]
-        size = max(BLOCK_ROWS, -(-filled // _CACHE_ROWS) * _CACHE_ROWS)
-        codes = _filled_up(store.read_ranges("features", ranges), size)
+        codes = read("features", ranges)
         if tables is None:
-            norm = _filled_up(store.read_ranges("feature_norm", ranges), size).astype(np.float32)
-            scale = _filled_up(store.read_ranges("feature_scale", ranges), size).astype(np.float32)
+            norm, scale = (read(name, ranges).astype(np.float32) for name in ("feature_norm", "feature_scale"))
             cosines = np.asarray(_products(codes, scale / np.maximum(norm, 1e-12), columns))
         else:
             cosines = np.asarray(_table_sums(codes, tables))
@@ -131,12 +142,3 @@ def best_voxels(
         for done in [searchers.submit(search, run) for run in runs_of_key_frames(counts)]:
             done.result()
     return BestVoxels(similarity, row)
-
-
-def _filled_up(parts: list[np.ndarray], size: int) -> np.ndarray:
-    """The parts one after the other, and zeros up to one length, so that one shape is compiled."""
-    joined = np.empty((size, *parts[0].shape[1:]), parts[0].dtype)
-    filled = sum(map(len, parts))
-    np.concatenate(parts, out=joined[:filled])
-    joined[filled:] = 0
-    return joined

@@ -23,6 +23,10 @@ FORMAT = "pop3d_jax.feature_grids"
 FORMAT_VERSION = 1
 # Rows of a chunk: what a reader reads at least.
 CHUNK_ROWS = 4096
+# Long features hardly compress, and decompressing them would take longer than searching them: they are stored as they
+# are, in smaller chunks, because the last one of a key frame is filled up with zeros.
+_LONG_FEATURE_BYTES = 256
+_LONG_FEATURE_CHUNK_ROWS = 512
 # Key frames of a file; a host owns whole files.
 SHARD_KEY_FRAMES = 8
 _ROW_ARRAYS = ("coordinates", "occupancy", "features", "feature_scale", "feature_norm")
@@ -81,10 +85,12 @@ def _metadata(name: str, kind: str, shape: tuple[int, ...], ragged: bool, rows: 
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     if kind in ("int8", "uint8"):
         little = {"name": "bytes"}
-    checked = [little, {"name": "zstd", "configuration": {"level": 1, "checksum": False}}, {"name": "crc32c"}]
+    is_long = name == "features" and np.dtype(kind).itemsize * shape[1] >= _LONG_FEATURE_BYTES
+    compressed = [] if is_long else [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}]
+    checked = [little, *compressed, {"name": "crc32c"}]
     if ragged:
         outer = (SHARD_KEY_FRAMES * rows, *shape[1:])
-        inner = (CHUNK_ROWS, *shape[1:])
+        inner = (_LONG_FEATURE_CHUNK_ROWS if is_long else CHUNK_ROWS, *shape[1:])
         index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         codecs = [
             {
@@ -204,17 +210,21 @@ class GridStore:
         except (ValueError, OSError) as error:
             raise GridStoreError(f"{self.path}/{name}, rows {start} to {stop}, cannot be read: {error}") from error
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """Several ranges of rows at once, which costs less than one after the other.
+    def read_into(self, name: str, ranges: Sequence[tuple[int, int]], rows: np.ndarray) -> None:
+        """Several ranges of rows, one after the other into an array that may be used again: nothing is allocated.
 
         Raises:
           GridStoreError: a chunk is damaged.
         """
-        array = self.arrays[name]
+        array, target, begin = self.arrays[name], ts.array(rows), 0
         try:
-            with ts.Batch() as batch:
-                waiting = [array[start:stop].read(batch=batch) for start, stop in ranges]
-            return [future.result() for future in waiting]
+            waiting = []
+            for start, stop in ranges:
+                end = begin + stop - start
+                waiting.append(target[begin:end].write(array[start:stop]))
+                begin = end
+            for future in waiting:
+                future.result()
         except (ValueError, OSError) as error:
             first, last = ranges[0][0], ranges[-1][1]
             raise GridStoreError(f"{self.path}/{name}, rows {first} to {last}, cannot be read: {error}") from error
