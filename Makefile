@@ -55,7 +55,7 @@ lint: install-dev
 # The benchmarks of the performance page that run here, a quarter of an hour in all. Records and data set are the demo's
 # unless RECORDS, SPLIT, SOURCE, VERSION and SOURCE_SPLIT say otherwise: the page's own were made with nuScenes' files. With
 # RESULTS=docs/results the page is made anew. Apart are `python -m benchmarks.topologies` and --topology, which need libtpu
-# and hours and `python -m benchmarks.teacher`.
+# and hours, `python -m benchmarks.teacher`, and `python -m benchmarks.grid_search`, which needs 14 GB of disk.
 RECORDS ?= $(DEMO)/records
 SPLIT ?= train
 SOURCE ?= $(DEMO)/world
@@ -73,6 +73,7 @@ bench: install-dev
 	$(RUN) -m benchmarks.step_shares --config.data.records=$(DEMO)/records \
 		--config.teacher.path=$(DEMO)/tiny_clip --json $(RESULTS)
 	$(RUN) -m benchmarks.weak_scaling --config.teacher.path=$(DEMO)/tiny_clip --json $(RESULTS)
+	$(RUN) -m benchmarks.grid_precision --workdir $(DEMO)/run --retrieval $(DEMO)/world/retrieval --json $(RESULTS)
 	$(RUN) -m benchmarks.whole_system --json $(RESULTS)
 	@if [ "$(RESULTS)" = docs/results ]; then $(RUN) -m benchmarks.page; fi
 
