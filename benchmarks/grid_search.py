@@ -89,17 +89,17 @@ def timed(path: str, phrases: int, dim: int, results: multiprocessing.Queue) -> 
 
     jax.config.update("jax_platforms", "cpu")
     from pop3d_jax.grids.feature_grids import FeatureGrids
-    from pop3d_jax.grids.search import best_voxels
+    from pop3d_jax.grids.search import best_similarities
 
     vectors = np.random.default_rng(1).normal(size=(phrases, dim)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     grids = FeatureGrids.open(path)
     few = np.where(np.arange(len(grids)) < 16, grids.counts, 0)
-    best_voxels(grids.store, grids.offsets, few, vectors, vectors[:0], grids.codebook)  # compiled
+    best_similarities(grids.store, grids.offsets, few, vectors, vectors[:0], grids.codebook)  # compiled
     start = time.perf_counter()
     grids = FeatureGrids.open(path)
-    best = best_voxels(grids.store, grids.offsets, grids.counts, vectors, vectors[:0], grids.codebook)
-    order = np.argsort(-best.similarity[:, 0])[:20]
+    best = best_similarities(grids.store, grids.offsets, grids.counts, vectors, vectors[:0], grids.codebook)
+    order = np.argsort(-best[:, 0])[:20]
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     results.put((seconds, peak, int(order[0])))

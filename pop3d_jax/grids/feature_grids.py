@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64, UInt8
 
 from pop3d_jax.geometry import lidar_to_image, project
 from pop3d_jax.grids.encoding import Codebook, EncodedFeatures, decode
-from pop3d_jax.grids.search import best_voxels
+from pop3d_jax.grids.search import best_similarities
 from pop3d_jax.grids.store import GridStore, GridStoreError
 from pop3d_jax.models.clip import LoadedCLIP, load_clip
 from pop3d_jax.nuscenes import CAMERAS
@@ -257,46 +257,49 @@ class FeatureGrids:
             raise ValueError(f"top = {top} must be at least 1")
         vectors = embed_phrases(self.clip, [*phrases, *without, *background])
         asked, others, behind = np.split(vectors, [len(phrases), len(phrases) + len(without)])
-        best = best_voxels(self.store, self.offsets, self.counts, asked, others, self.codebook)
+        best = best_similarities(self.store, self.offsets, self.counts, asked, others, self.codebook)
         hits = []
         for column, phrase in enumerate(phrases):
             words = set(phrase.lower().split())
             rivals = [i for i, other in enumerate(background) if not set(other.lower().split()) <= words]
-            order = np.argsort(-best.similarity[:, column], kind="stable")
-            order = order[np.isfinite(best.similarity[order, column])][:top]
-            for number in map(int, order):
-                margin, rival = self._margin(number, asked[column], behind[rivals])
-                name = background[rivals[rival]] if rivals else ""
-                place = self._place(number, int(best.row[number, column]))
-                similarity = float(best.similarity[number, column])
+            order = np.argsort(-best[:, column], kind="stable")
+            for number in map(int, order[np.isfinite(best[order, column])][:top]):
+                row, margin, rival = self._judged(number, asked[column], others, behind[rivals])
                 hits.append(
                     Hit(
                         phrase,
-                        similarity=similarity,
+                        similarity=float(best[number, column]),
                         margin=margin,
-                        background=name,
+                        background=background[rivals[rival]] if rivals else "",
                         present=margin >= threshold,
-                        **place,
+                        **self._place(number, row),
                     )
                 )
         return hits
 
-    def _margin(
-        self, number: int, phrase: Float[np.ndarray, " dim"], behind: Float[np.ndarray, "background dim"]
-    ) -> tuple[float, int]:
-        """The largest lead of a phrase over all others in a key frame, and which of them came nearest there."""
-        if not len(behind):
-            return float("inf"), -1
+    def _judged(
+        self,
+        number: int,
+        phrase: Float[np.ndarray, " dim"],
+        others: Float[np.ndarray, "others dim"],
+        behind: Float[np.ndarray, "background dim"],
+    ) -> tuple[int, float, int]:
+        """The row in which a phrase fits a key frame best; its largest lead over the background, and over which."""
         start, stop = self._rows(number)
-        encoded = EncodedFeatures(
-            self.store.read("features", start, stop), self.store.read("feature_scale", start, stop)
-        )
-        features = decode(encoded, self.codebook)
+        codes, scale = (self.store.read(name, start, stop) for name in ("features", "feature_scale"))
+        features = decode(EncodedFeatures(codes, scale), self.codebook)
         features /= np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+        similarity = features @ phrase
+        allowed = similarity
+        if len(others):
+            allowed = np.where(similarity < (features @ others.T).max(-1), -np.inf, similarity)
+        row = start + int(np.argmax(allowed))
+        if not len(behind):
+            return row, float("inf"), -1
         rivals = features @ behind.T
-        lead = features @ phrase - rivals.max(-1)
+        lead = similarity - rivals.max(-1)
         most = int(np.argmax(lead))
-        return float(lead[most]), int(np.argmax(rivals[most]))
+        return row, float(lead[most]), int(np.argmax(rivals[most]))
 
     def _place(self, number: int, row: int) -> dict[str, Any]:
         """Where a row's voxel is, as `Hit` tells it."""

@@ -6,7 +6,6 @@ phrases that must not fit better, cost one pass.
 """
 
 import concurrent.futures
-import dataclasses
 import os
 import threading
 from collections.abc import Iterator
@@ -21,16 +20,20 @@ from pop3d_jax.grids.store import GridStore
 
 # Rows compared at a time: few enough that their float32 copy stays in a processor's cache, see `_products`.
 _CACHE_ROWS = 512
-# Rows read and handed to the device at a time.
-BLOCK_ROWS = 2**15
+# Bytes of features read and handed to the device at a time.
+BLOCK_BYTES = 2**24
+# Blocks under way for each processor: reading waits for files and locks.
+_BLOCKS_PER_PROCESSOR = 2
 
 
-def runs_of_key_frames(counts: Int[np.ndarray, " frames"]) -> Iterator[tuple[Int[np.ndarray, " some"], int]]:
-    """Key frames in runs of at most BLOCK_ROWS voxels (or one key frame): their numbers and how many voxels."""
+def runs_of_key_frames(
+    counts: Int[np.ndarray, " frames"], block_rows: int
+) -> Iterator[tuple[Int[np.ndarray, " some"], int]]:
+    """Key frames in runs of at most `block_rows` voxels (or one key frame): their numbers and how many voxels."""
     run: list[int] = []
     filled = 0
     for number in np.flatnonzero(counts > 0):
-        if run and filled + counts[number] > BLOCK_ROWS:
+        if run and filled + counts[number] > block_rows:
             yield np.array(run), filled
             run, filled = [], 0
         run.append(int(number))
@@ -71,28 +74,15 @@ def phrase_tables(
     return np.einsum("qpd,ped->peq", rotated, codebook.entries).astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class BestVoxels:
-    """The voxel of each key frame that fits each phrase best.
-
-    Attributes:
-      similarity: its cosine; minus infinity where no voxel was left.
-      row: its row in the store.
-    """
-
-    similarity: Float[np.ndarray, "frames phrases"]
-    row: Int[np.ndarray, "frames phrases"]
-
-
-def best_voxels(
+def best_similarities(
     store: GridStore,
     offsets: Int[np.ndarray, " frames"],
     counts: Int[np.ndarray, " frames"],
     phrases: Float[np.ndarray, "phrases dim"],
     others: Float[np.ndarray, "others dim"],
     codebook: Codebook | None = None,
-) -> BestVoxels:
-    """One pass over the store.
+) -> Float[np.ndarray, "frames phrases"]:
+    """How well each phrase fits the voxel of each key frame that it fits best: one pass over the store.
 
     Args:
       store: what is searched.
@@ -100,16 +90,21 @@ def best_voxels(
       phrases: unit vectors.
       others: unit vectors; a voxel nearer to one of these than to the phrase is left out for that phrase.
       codebook: of precision "pq".
+
+    Returns:
+      Cosines; minus infinity where no voxel was left.
     """
     vectors = np.concatenate([phrases, others]).astype(np.float32)
     tables = None if codebook is None else jnp.asarray(phrase_tables(vectors, codebook))
     columns = jnp.asarray(vectors.T)
     similarity = np.full((len(counts), len(phrases)), -np.inf, np.float32)
-    row = np.zeros((len(counts), len(phrases)), np.int64)
 
     # What a thread reads into, again and again: fresh memory for every block would cost more than comparing it.
     buffers = threading.local()
-    size = max(BLOCK_ROWS, -(-int(counts.max(initial=0)) // _CACHE_ROWS) * _CACHE_ROWS)
+    features = store.arrays["features"]
+    row_bytes = features.dtype.numpy_dtype.itemsize * features.shape[1]
+    size = max(BLOCK_BYTES // row_bytes, int(counts.max(initial=0)))
+    size = -(-size // _CACHE_ROWS) * _CACHE_ROWS
 
     def read(name: str, ranges: list[tuple[int, int]]) -> np.ndarray:
         array = store.arrays[name]
@@ -132,13 +127,11 @@ def best_voxels(
         if len(others):
             strongest = cosines[:, len(phrases) :].max(-1)
             cosines = np.where(cosines < strongest[:, None], -np.inf, cosines)
-        of_frames = np.split(cosines[:, : len(phrases)], np.cumsum(counts[numbers])[:-1])
-        best = np.stack([of_frame.argmax(0) for of_frame in of_frames])
-        similarity[numbers] = np.stack([of_frame.max(0) for of_frame in of_frames])
-        row[numbers] = offsets[numbers, None] + best
+        starts = np.cumsum(counts[numbers]) - counts[numbers]
+        similarity[numbers] = np.maximum.reduceat(cosines[:, : len(phrases)], starts)
 
     # Blocks on every core: one is read while another is compared.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as searchers:
-        for done in [searchers.submit(search, run) for run in runs_of_key_frames(counts)]:
+    with concurrent.futures.ThreadPoolExecutor(_BLOCKS_PER_PROCESSOR * os.cpu_count()) as searchers:
+        for done in [searchers.submit(search, run) for run in runs_of_key_frames(counts, size)]:
             done.result()
-    return BestVoxels(similarity, row)
+    return similarity
