@@ -28,11 +28,11 @@ _COLUMNS = [
     "topology",
     "key frames a chip",
     "program",
-    "needed",
+    "alive at a time",
+    "of the chip",
+    "with gaps, at most",
     "of the chip",
     "arguments",
-    "temporaries",
-    "alive at a time",
     "collectives",
     "matrix FLOPs",
     "compiled in",
@@ -81,11 +81,14 @@ def _cells(program: dict[str, Any], topology: str) -> list[str]:
 
     collectives = [f"{count} {kind} {size / 1e9:.2f} GB" for kind, (count, size) in program["collectives"].items()]
     fields = {field.name for field in dataclasses.fields(Compiled)}
-    needed = Compiled(**{name: value for name, value in program.items() if name in fields}).needed
+    compiled = Compiled(**{name: value for name, value in program.items() if name in fields})
+    capacity = CAPACITY[topology.partition(":")[0]]
     return [
-        f"{needed / 1e9:.2f} GB",
-        f"{100 * needed / CAPACITY[topology.partition(':')[0]]:.0f} %",
-        *(f"{program[name] / 1e9:.2f} GB" for name in ("arguments", "temporaries", "peak")),
+        f"{compiled.peak / 1e9:.2f} GB",
+        f"{100 * compiled.peak / capacity:.0f} %",
+        f"{compiled.with_gaps / 1e9:.2f} GB",
+        f"{100 * compiled.with_gaps / capacity:.0f} %",
+        f"{compiled.arguments / 1e9:.2f} GB",
         ", ".join(collectives) or "none",
         f"{program['matrix_flops'] / 1e12:.1f} T",
     ]
