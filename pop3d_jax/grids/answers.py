@@ -1,5 +1,6 @@
 """A search's hits as a person reads them: a table, and the pieces of camera images that they lie in."""
 
+import collections
 import io
 from collections.abc import Sequence
 
@@ -68,7 +69,10 @@ def draw_hits(out: epath.PathLike, hits: Sequence[Hit], source: RecordSource) ->
     figure, axes = plt.subplots(rows, _COLUMNS, figsize=(3 * _COLUMNS, 3.35 * rows), squeeze=False, facecolor="white")
     for axis in axes.flat:
         axis.set_axis_off()
-    for rank, (hit, axis) in enumerate(zip(hits, axes.flat, strict=False), 1):
+    ranks: collections.Counter[str] = collections.Counter()
+    for hit, axis in zip(hits, axes.flat, strict=False):
+        ranks[hit.phrase] += 1
+        rank = ranks[hit.phrase]
         doubt = "" if hit.present else "?"
         axis.set_title(
             f"{rank}{doubt}  {hit.phrase}  {hit.similarity:.2f} ({hit.margin:+.2f})\n{hit.scene_name}, "
