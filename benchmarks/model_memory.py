@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from benchmarks.rig import camera_rig
 from flax import nnx
 
+from benchmarks.rig import camera_rig
 from pop3d_jax.models.pop3d import Pop3D, Pop3DConfig
 
 _HEIGHT = flags.DEFINE_integer("height", 928, "height of the padded images, a multiple of 32")
