@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pop3d_jax.grids.encoding import encode
-from pop3d_jax.grids.store import rows_per_key_frame
+from pop3d_jax.grids.encoding import encode, train_codebook
+from pop3d_jax.grids.store import SHARD_KEY_FRAMES, GridStore, describe_arrays, rows_per_key_frame
 
 DIM = 16
 KEY_FRAMES = 19
@@ -40,3 +40,22 @@ def attributes_of(precision):
         "text_tower": "nowhere",
         "sample_tokens": [f"{number:032x}" for number in range(KEY_FRAMES)],
     }
+
+
+def write_store(folder, precision="int8", stop_after=KEY_FRAMES):
+    """Writes folder/grids.zarr, or its first files: the path, and (features, arrays) of all key frames."""
+    generator = np.random.default_rng(0)
+    codebook = None
+    if precision == "pq":
+        codebook = train_codebook(generator.normal(size=(600, DIM)).astype(np.float32), 4)
+    key_frames = [random_key_frame(generator, precision, codebook) for _ in range(KEY_FRAMES)]
+    shapes = (codebook.rotation.shape, codebook.entries.shape) if codebook else None
+    arrays = describe_arrays(KEY_FRAMES, ROWS, 4 if codebook else DIM, precision, shapes)
+    store = GridStore.create(folder / "grids.zarr", attributes_of(precision), arrays, ROWS)
+    if codebook:
+        store.write_codebook(codebook.rotation, codebook.entries)
+    for first in range(0, stop_after, SHARD_KEY_FRAMES):
+        stored = [arrays for _, arrays in key_frames[first : first + SHARD_KEY_FRAMES]]
+        store.write_shard(first, stored, ROWS)
+    store.finish()
+    return folder / "grids.zarr", key_frames

@@ -1,10 +1,17 @@
+import functools
+
 import numpy as np
 import pytest
-from random_grids import DIM
+from random_grids import DIM, write_store
 
 from pop3d_jax.grids import search
 from pop3d_jax.grids.feature_grids import FeatureGrids
 from pop3d_jax.grids.search import best_similarities
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    return functools.partial(write_store, tmp_path)
 
 
 def _unit(vectors):

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import shutil
@@ -8,13 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_grids import DIM, KEY_FRAMES, ROWS, attributes_of
+from random_grids import DIM, KEY_FRAMES, ROWS, attributes_of, write_store
 
 from pop3d_jax.grids.encoding import decode, encode
 from pop3d_jax.grids.feature_grids import FeatureGrids
 from pop3d_jax.grids.store import SHARD_KEY_FRAMES, GridStore, GridStoreError, describe_arrays
 
 _PROJECT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    return functools.partial(write_store, tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8", "pq"])
