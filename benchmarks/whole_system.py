@@ -41,7 +41,7 @@ def measured(command: list[str], folder: str) -> dict[str, Any] | str:
     if result.returncode:
         asked = re.search(r"Out of memory allocating (\d+) bytes", result.stderr)
         if asked:
-            return f"asks for {int(asked[1]) / 2**30:.1f} GB"
+            return f"asks for {int(asked[1]) / 2**30:.1f} GiB"
         words = (result.stderr or result.stdout).strip().splitlines()[-8:]
         raise SystemExit(f"{' '.join(command[:4])} ... failed:\n" + "\n".join(words))
     return json.loads(path.read_text())
@@ -85,7 +85,7 @@ def main(_: list[str]) -> None:
 
 
 def _figures(report: dict[str, Any]) -> tuple[str, str]:
-    return f"{report['median_seconds']:.1f} s", f"{report['peak_gigabytes']:.2f} GB"
+    return f"{report['median_seconds']:.1f} s", f"{report['peak_gigabytes']:.2f} GiB"
 
 
 if __name__ == "__main__":

@@ -160,7 +160,6 @@ def export(
     missing = [first for first in mine if not written[first : first + SHARD_KEY_FRAMES].all()]
     if len(missing) < len(mine):
         logging.info("%d of %d files are already there", len(mine) - len(missing), len(mine))
-    voxels = 0
     for first in progress(missing, len(missing), "exporting, in files of key frames"):
         frames = [source[numbers[number]] for number in range(first, min(first + SHARD_KEY_FRAMES, len(numbers)))]
         predictions = predictor.many(frames)
@@ -168,7 +167,6 @@ def export(
             _arrays_of(frame, prediction, selection, codebook)
             for frame, prediction in zip(frames, predictions, strict=True)
         ]
-        voxels += sum(len(arrays["coordinates"]) for arrays in encoded)
         store.write_shard(first, encoded, rows)
     meet("all have written")
     if jax.process_index() == 0:

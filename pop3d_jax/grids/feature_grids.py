@@ -163,21 +163,17 @@ class FeatureGrids:
         """
         number = self.number_of(sample)
         start, stop = self._rows(number)
-        encoded = EncodedFeatures(
-            self.store.read("features", start, stop), self.store.read("feature_scale", start, stop)
-        )
-        one = slice(number, number + 1)
         pose = {
-            name: self.store.read(name, one.start, one.stop)[0]
+            name: self.store.read(name, number, number + 1)[0]
             for name in ("lidar_to_ego", "ego_to_global", "lidar_to_camera", "intrinsics")
         }
         return KeyFrameGrid(
             self.sample_tokens[number],
             self.scene_names[number],
-            int(self.store.read("timestamp", one.start, one.stop)[0]),
+            int(self.store.read("timestamp", number, number + 1)[0]),
             self.store.read("coordinates", start, stop),
             self.store.read("occupancy", start, stop).astype(np.float32),
-            decode(encoded, self.codebook),
+            self._features(number),
             self.volume,
             **pose,
         )
@@ -225,6 +221,11 @@ class FeatureGrids:
     def _rows(self, number: int) -> tuple[int, int]:
         start = int(self.offsets[number])
         return start, start + int(self.counts[number])
+
+    def _features(self, number: int) -> Float[np.ndarray, "voxels dim"]:
+        """Features of a key frame's voxels, float32."""
+        codes, scale = (self.store.read(name, *self._rows(number)) for name in ("features", "feature_scale"))
+        return decode(EncodedFeatures(codes, scale), self.codebook)
 
     def search(
         self,
@@ -285,9 +286,8 @@ class FeatureGrids:
         behind: Float[np.ndarray, "background dim"],
     ) -> tuple[int, float, int]:
         """The row in which a phrase fits a key frame best; its largest lead over the background, and over which."""
-        start, stop = self._rows(number)
-        codes, scale = (self.store.read(name, start, stop) for name in ("features", "feature_scale"))
-        features = decode(EncodedFeatures(codes, scale), self.codebook)
+        start, _ = self._rows(number)
+        features = self._features(number)
         features /= np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
         similarity = features @ phrase
         allowed = similarity

@@ -258,7 +258,7 @@ class GridStore:
                     target = array.with_transaction(transaction)
                     for number, key_frame in enumerate(key_frames, first):
                         values = key_frame[name]
-                        if array.shape[0] == self.key_frames:
+                        if name not in _ROW_ARRAYS:
                             target[number].write(values).result()
                         elif len(values):
                             target[number * rows : number * rows + len(values)].write(values).result()
