@@ -76,7 +76,7 @@ def scores(
     for frame, vectors in zip(frames, features, strict=True):
         labelled = (frame.classes > 0) & (frame.classes < EMPTY)
         # One shape for all key frames.
-        padded = np.zeros((8192, vectors.shape[1]), np.float32)
+        padded = np.zeros((max(map(len, features)), vectors.shape[1]), np.float32)
         padded[: len(vectors)] = vectors
         assigned = np.asarray(assign(padded))[: len(vectors)]
         confusion += np.asarray(confusion_matrix(assigned[labelled], frame.classes[labelled], _LABELS))

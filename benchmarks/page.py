@@ -40,7 +40,10 @@ def filled(page: str, results: Path) -> str:
 
 def main(_: list[str]) -> None:
     path = Path(_PAGE.value)
-    path.write_text(filled(path.read_text(), Path(_RESULTS.value)))
+    try:
+        path.write_text(filled(path.read_text(), Path(_RESULTS.value)))
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":
