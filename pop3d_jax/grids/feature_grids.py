@@ -47,6 +47,12 @@ BACKGROUND_PHRASES = (
 )
 
 
+def rivals_of(phrase: str, background: Sequence[str]) -> list[int]:
+    """Which background phrases a phrase must beat: all but those made of its own words, as "car" of "a red car"."""
+    words = set(phrase.lower().split())
+    return [index for index, other in enumerate(background) if not set(other.lower().split()) <= words]
+
+
 @dataclasses.dataclass(frozen=True)
 class KeyFrameGrid:
     """The stored voxels of one key frame.
@@ -261,8 +267,7 @@ class FeatureGrids:
         best = best_similarities(self.store, self.offsets, self.counts, asked, others, self.codebook)
         hits = []
         for column, phrase in enumerate(phrases):
-            words = set(phrase.lower().split())
-            rivals = [i for i, other in enumerate(background) if not set(other.lower().split()) <= words]
+            rivals = rivals_of(phrase, background)
             order = np.argsort(-best[:, column], kind="stable")
             for number in map(int, order[np.isfinite(best[order, column])][:top]):
                 row, margin, rival = self._judged(number, asked[column], others, behind[rivals])
