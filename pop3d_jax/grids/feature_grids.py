@@ -23,6 +23,9 @@ from pop3d_jax.nuscenes import CAMERAS
 from pop3d_jax.text import embed_phrases
 from pop3d_jax.voxels import Volume, voxel_centres
 
+# Public, see docs/api.md: what is opened, what it returns and what it raises.
+__all__ = ["BACKGROUND_PHRASES", "FeatureGrids", "GridStoreError", "Hit", "KeyFrameGrid", "Volume"]
+
 # What a phrase must beat to count as present: words for everything that streets have.
 BACKGROUND_PHRASES = (
     "road",
