@@ -151,6 +151,22 @@ def test_fields_of_configurations_and_targets_of_make_exist(page):
     assert set(targets) <= rules
 
 
+@pytest.mark.parametrize("page", _PAGES)
+def test_flags_that_are_named_without_their_command_exist(page):
+    files = [path for package in _OWN_PACKAGES for path in (_PROJECT / package).glob("*.py")]
+    commands = {path.stem: _flags(f"{path.parent.name}.{path.stem}") for path in files if path.stem != "__init__"}
+    unknown = []
+    for quoted in re.findall(r"`([^`\n]+)`", _prose(page)):
+        # `--flag=value` of any command, or `train --flag`; not `tensorboard --logdir`.
+        first = quoted.split()[0]
+        known = frozenset().union(*commands.values()) if first.startswith("--") else commands.get(first)
+        for word in quoted.split() if known else ():
+            flag = re.match(r"--([a-z_]+)(?:=|$)", word)
+            if flag and flag[1] not in known | {"help"}:
+                unknown.append(quoted)
+    assert not unknown
+
+
 def test_the_checks_find_something_to_check():
     commands = [command for page in _PAGES for command in _commands(page)]
     assert {"pop3d_jax.train", "pop3d_jax.query", "data_prep.build"} <= {module for module, _ in commands}
