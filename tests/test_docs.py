@@ -1,4 +1,4 @@
-"""The documents: what they link to, name and quote exists, and what they say to run runs.
+"""The documents: what they link to, name and quote exists, and their lines of Python run.
 
 Commands are looked up, not run: their modules, and their flags in the modules' source, where absl defines them by name.
 """
@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,12 @@ from pop3d_jax.data.records import RecordSource, decode_record
 from pop3d_jax.data.shards import unframe_record
 
 _PROJECT = Path(__file__).resolve().parent.parent
-_PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{page.name}" for page in _PROJECT.glob("docs/*.md"))]
+_PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *sorted(f"docs/{page.name}" for page in _PROJECT.glob("docs/*.md")),
+]
 _FOLDERS = ("benchmarks", "configs", "data_prep", "docs", "pop3d_jax", "tests")
 # Named in the documents, but the reader's own to write.
 _READERS_FILES = {"setup.py"}
@@ -51,8 +55,7 @@ def _commands(page: str) -> Iterator[tuple[str, list[str]]]:
     """Module and words of every `python -m` on the page."""
     for module, rest in re.findall(r"python(?:3\.11)? -m ([\w.]+)([^\n`]*)", _text(page)):
         # The command ends where the shell's next one or a comment begins; brackets enclose what may be left out.
-        words = re.split(r" && | \| |; |  +#", rest)[0].replace("[", " ").replace("]", " ")
-        yield module, shlex.split(words.replace('"', "'") if words.count('"') % 2 == 0 else words.replace('"', " "))
+        yield module, re.sub(r'[\[\]"]', " ", re.split(r" && | \| |; |  +#", rest)[0]).split()
 
 
 @functools.cache
