@@ -1,4 +1,4 @@
-# make demo · make test · make bench    (each sets itself up: Python 3.11 and make are all it needs)
+# make demo · make test · make bench · make docs    (each sets itself up: Python 3.11 and make are all it needs)
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -11,7 +11,7 @@ PARALLEL ?= -n 2 --dist loadfile
 export TF_CPP_MIN_LOG_LEVEL := 3
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-full lint bench install install-dev clean
+.PHONY: demo test test-full lint bench docs install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -77,5 +77,10 @@ bench: install-dev
 	$(RUN) -m benchmarks.whole_system --json $(RESULTS)
 	@if [ "$(RESULTS)" = docs/results ]; then $(RUN) -m benchmarks.page; fi
 
+# The public Python API, docs/api.md, as HTML.
+PUBLIC := pop3d_jax.grids.feature_grids pop3d_jax.data.records
+docs: install-dev
+	$(VENV)/bin/pdoc --docformat google --output-directory site $(PUBLIC)
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) site

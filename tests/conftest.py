@@ -142,6 +142,14 @@ def small_run(small_train: Callable[..., subprocess.Popen], tmp_path_factory: py
     return workdir
 
 
+@pytest.fixture(scope="session")
+def small_grids(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exported grids of the small run: all voxels of the training split's four key frames, of two scenes."""
+    out = tmp_path_factory.mktemp("small_grids") / "grids.zarr"
+    _run_module("pop3d_jax.export", workdir=small_run, split="train", out=out, dense=True, precision="float16")
+    return out
+
+
 def _run_module(module: str, **arguments: object) -> None:
     command = [sys.executable, "-m", module, *(f"--{name}={value}" for name, value in arguments.items())]
     finished = subprocess.run(command, cwd=_PROJECT, capture_output=True, text=True, check=False)

@@ -164,6 +164,9 @@ def decode_record(serialized: bytes) -> KeyFrame:
 class RecordSource:
     """Random access to the key frames of one split: a Grain data source.
 
+    `len(source)` is the number of key frames, `source[number]` a `KeyFrame`; it raises RecordError, which names shard,
+    record and sample token, where the record is damaged or missing, and IndexError where there is no such number.
+
     It holds the index only; every read opens its shard, so it can be pickled to worker processes and used
     from several threads.
     """

@@ -1,8 +1,11 @@
 """Reading exported grids: one key frame, or a search over all of them.
 
-from pop3d_jax import FeatureGrids
-grids = FeatureGrids.open("grids.zarr")
-hits = grids.search("red car", top=20)
+    from pop3d_jax import FeatureGrids
+
+    grids = FeatureGrids.open("grids.zarr")
+    hits = grids.search("red car", top=20)
+
+Phrases go through the text tower that the exported model was trained with, unless another one is named.
 """
 
 import dataclasses
@@ -22,6 +25,9 @@ from pop3d_jax.models.clip import LoadedCLIP, load_clip
 from pop3d_jax.nuscenes import CAMERAS
 from pop3d_jax.text import embed_phrases
 from pop3d_jax.voxels import Volume, voxel_centres
+
+# Public, see docs/api.md: what is opened, what it returns and what it raises.
+__all__ = ["BACKGROUND_PHRASES", "FeatureGrids", "GridStoreError", "Hit", "KeyFrameGrid", "Volume"]
 
 # What a phrase must beat to count as present: words for everything that streets have.
 BACKGROUND_PHRASES = (
@@ -45,6 +51,12 @@ BACKGROUND_PHRASES = (
     "sky",
     "object",
 )
+
+
+def rivals_of(phrase: str, background: Sequence[str]) -> list[int]:
+    """Which background phrases a phrase must beat: all but those made of its own words, as "car" of "a red car"."""
+    words = set(phrase.lower().split())
+    return [index for index, other in enumerate(background) if not set(other.lower().split()) <= words]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +128,18 @@ class Hit:
 
 
 class FeatureGrids:
-    """A store of exported grids, opened for reading; arrays are read when they are asked for."""
+    """A store of exported grids, opened for reading; arrays are read when they are asked for.
+
+    `len(grids)` is the number of key frames; `grids[number]` and `grids["TOKEN"]` are `KeyFrameGrid`s, and raise
+    KeyError where there is no such key frame. Made by `open`.
+
+    Attributes:
+      store: the arrays as they are written.
+      volume: what voxel coordinates mean.
+      precision: of the features, "float16", "int8" or "pq".
+      sample_tokens, scene_names: of the key frames, in their order.
+      counts, offsets: how many voxels each key frame has, and the row of its first.
+    """
 
     def __init__(self, store: GridStore, text_tower: str | None = None) -> None:
         self.store = store
@@ -261,8 +284,7 @@ class FeatureGrids:
         best = best_similarities(self.store, self.offsets, self.counts, asked, others, self.codebook)
         hits = []
         for column, phrase in enumerate(phrases):
-            words = set(phrase.lower().split())
-            rivals = [i for i, other in enumerate(background) if not set(other.lower().split()) <= words]
+            rivals = rivals_of(phrase, background)
             order = np.argsort(-best[:, column], kind="stable")
             for number in map(int, order[np.isfinite(best[order, column])][:top]):
                 row, margin, rival = self._judged(number, asked[column], others, behind[rivals])

@@ -1,0 +1,268 @@
+"""The page in a real browser, made by the command from a trained run's grids."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pop3d_jax import FeatureGrids
+from pop3d_jax.geometry import lidar_to_image, project, visible
+from pop3d_jax.metrics import assign_classes
+from pop3d_jax.nuscenes import CAMERAS, CLASS_NAMES
+from pop3d_jax.text import embed_phrases
+from pop3d_jax.viewer.scene import default_classifier
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r requirements-dev.txt")
+
+_PROJECT = Path(__file__).resolve().parent.parent
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_MARKUP = "<img src=x onerror='window.injected=1'></script><script>window.injected=1</script>"
+_PHRASES = ("a red car", "a tree", _MARKUP)
+
+
+def view(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "pop3d_jax.view", *map(str, flags)],
+        cwd=_PROJECT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        found = next(filter(None, map(shutil.which, _BROWSERS)), None)
+        if found is None and not Path(started.chromium.executable_path).exists():
+            pytest.skip("no Chromium: apt-get install chromium, or python -m playwright install chromium")
+        # Software rendering: the same pictures with and without a graphics card. Containers run it as root.
+        arguments = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+        chromium = started.chromium.launch(executable_path=found, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens an address without a network: the page, and what went wrong in it."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme="light")
+
+    def opened(address, offline=True):
+        context.set_offline(offline)
+        page = context.new_page()
+        page.problems = []
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on("console", lambda line: line.type == "error" and page.problems.append(line.text))
+        page.goto(address)
+        page.wait_for_function("window.sceneView")
+        return page
+
+    yield opened
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def scene_file(small_grids, tmp_path_factory):
+    out = tmp_path_factory.mktemp("view") / "scene.html"
+    done = view(f"--grids={small_grids}", *(f"--text={phrase}" for phrase in _PHRASES), f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"scene.html: 2 key frames, \d\.\d MB", done.stdout)
+    return out
+
+
+@pytest.fixture
+def page(open_page, scene_file):
+    page = open_page(scene_file.as_uri())
+    yield page
+    assert page.problems == []
+
+
+@pytest.fixture(scope="module")
+def grids(small_grids):
+    return FeatureGrids.open(small_grids)
+
+
+@pytest.fixture(scope="module")
+def shown(grids):
+    """The key frame that the page opens with."""
+    return grids[0]
+
+
+def similarities(grids, shown, phrase):
+    return shown.features @ embed_phrases(grids.clip, [phrase])[0] / np.linalg.norm(shown.features, axis=-1)
+
+
+def visible_voxel(page):
+    """A voxel that the mouse reaches at its own centre, and that place."""
+    found = page.evaluate(
+        """() => {
+          const { view } = window.sceneView;
+          for (let voxel = 0; voxel < view.frame.count; voxel++) {
+            const { x, y } = view.place(voxel);
+            const inside = document.elementFromPoint(x, y) === view.canvas;
+            if (inside && view.pick(x, y) === voxel) return [voxel, x, y];
+          }
+        }"""
+    )
+    assert found, "no voxel can be reached"
+    return found
+
+
+def colours_of_canvas(page):
+    picture = np.asarray(Image.open(io.BytesIO(page.locator("#voxels").screenshot())).convert("RGB"))
+    return np.unique(picture.reshape(-1, 3), axis=0)
+
+
+def test_it_draws(page, shown):
+    assert page.locator("#count").inner_text() == f"{len(shown.coordinates)} voxels"
+    assert page.locator("#token").inner_text() == shown.sample_token
+    with_voxels = len(colours_of_canvas(page))
+    page.locator("#show-voxels").uncheck()
+    page.wait_for_function("!window.sceneView.view.pending")
+    assert with_voxels > 3 * len(colours_of_canvas(page)) > 0
+    for image in page.locator("#images img").all():
+        assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") == 160
+
+
+def test_a_click_names_the_voxel_and_rings_it_in_the_images(page, grids, shown):
+    voxel, x, y = visible_voxel(page)
+    page.mouse.click(x, y)
+    facts = dict(zip(page.locator("dt").all_inner_texts(), page.locator("dd").all_inner_texts(), strict=True))
+    classifier = default_classifier(grids)
+    expected = assign_classes(*map(np.asarray, (shown.features, classifier.embeddings, classifier.classes)))
+    assert facts["class"] == CLASS_NAMES[int(expected[voxel])].replace("_", " ")
+    assert facts["voxel"] == ", ".join(map(str, shown.coordinates[voxel]))
+    assert float(facts["“a red car”"]) == pytest.approx(similarities(grids, shown, "a red car")[voxel], abs=0.01)
+    centre = shown.centres[voxel]
+    assert facts["distance"] == f"{np.linalg.norm(centre):.1f} m"
+    world = shown.ego_to_global @ shown.lidar_to_ego @ np.append(centre, 1.0)
+    np.testing.assert_allclose([float(value) for value in facts["global x, y"].split(", ")], world[:2], atol=0.06)
+
+    order = ("FRONT_LEFT", "FRONT", "FRONT_RIGHT", "BACK_RIGHT", "BACK", "BACK_LEFT")
+    for camera, strip in zip(order, page.locator("#images svg").all(), strict=True):
+        number = CAMERAS.index(f"CAM_{camera}")
+        matrix = lidar_to_image(shown.intrinsics[number], shown.lidar_to_camera[number])
+        pixel, depth = project(centre[None], matrix)
+        rings = strip.locator("circle.selected")
+        if visible(pixel, depth, (90, 160))[0]:
+            drawn = [float(rings.get_attribute(name)) for name in ("cx", "cy")]
+            np.testing.assert_allclose(drawn, pixel[0], atol=0.01)
+        else:
+            assert rings.count() == 0
+
+
+def test_a_phrase_colours_the_voxels_and_lists_the_best(page, grids, shown):
+    page.locator("#phrase").fill("a tree")
+    page.locator("#ask button").click()
+    assert page.locator("#mode").input_value() == "similarity"
+    expected = similarities(grids, shown, "a tree")
+    hits = {hit.sample_token: hit for hit in grids.search("a tree", top=len(grids))}
+    hit = hits[shown.sample_token]
+    first = page.locator(".hits button").first
+    assert float(first.inner_text().split()[0]) == pytest.approx(expected.max(), abs=0.005)
+    verdict = page.locator("#answer p")
+    assert ("seems to be there" in verdict.inner_text()) == hit.present
+    assert f"({hit.margin:+.3f})" in verdict.inner_text()
+    first.click()
+    assert page.evaluate("window.sceneView.state.selected") == page.evaluate(
+        "window.sceneView.data.similarity(window.sceneView.state.phrase, window.sceneView.state.number)"
+        ".reduce((best, value, i, all) => (value > all[best] ? i : best), 0)"
+    )
+    colours = page.evaluate("Array.from(window.sceneView.view.voxels.instanceColor.array)")
+    red, _, blue = np.reshape(colours, (-1, 3)).T
+    best, worst = np.argmax(expected), np.argmin(expected)
+    assert red[best] > blue[best] + 0.1
+    assert abs(red[worst] - blue[worst]) < 0.15
+    page.locator("#phrase").fill("a zebra on skates")
+    page.locator("#phrase").press("Enter")
+    assert "--serve" in page.locator("#message").inner_text()
+
+
+def test_every_way_to_colour_has_a_legend(page, shown):
+    counts = [int(number.replace(",", "")) for number in page.locator(".number").all_inner_texts()]
+    assert sum(counts) == len(shown.coordinates)
+    page.locator("#mode").select_option("height")
+    minimum, maximum = shown.volume.minimum[2], shown.volume.maximum[2]
+    assert page.locator("#legend").inner_text().split("\n")[:2] == [f"{minimum:.1f} m", f"{maximum:.1f} m"]
+    page.locator("#mode").select_option("features")
+    assert "Red, green and blue" in page.locator("#legend").inner_text()
+
+
+def test_the_mouse_over_a_voxel_shows_its_class(page, grids, shown):
+    voxel, x, y = visible_voxel(page)
+    page.mouse.move(x, y)
+    page.locator("#tip").wait_for(state="visible")
+    classifier = default_classifier(grids)
+    expected = assign_classes(*map(np.asarray, (shown.features, classifier.embeddings, classifier.classes)))
+    assert page.locator("#tip").inner_text().startswith(CLASS_NAMES[int(expected[voxel])].replace("_", " "))
+
+
+def test_time_moves_to_the_next_key_frame(page, grids, shown):
+    page.locator("#time").evaluate("slider => { slider.value = 1; slider.dispatchEvent(new Event('input')); }")
+    (other,) = {
+        token
+        for token, name in zip(grids.sample_tokens, grids.scene_names, strict=True)
+        if name == shown.scene_name
+    } - {shown.sample_token}  # fmt: skip
+    assert page.locator("#token").inner_text() == other
+    assert page.locator("#when").inner_text() == "2 of 2, 0.5 s"
+
+
+def test_dark_and_screenshot(page, shown):
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.locator("#theme").click()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    with page.expect_download() as download:
+        page.locator("#screenshot").click()
+    assert download.value.suggested_filename == f"{shown.sample_token}.png"
+    assert np.asarray(Image.open(download.value.path()).convert("RGB")).std() > 5
+
+
+def test_markup_in_a_phrase_stays_text(page):
+    page.locator("#phrases button", has_text="onerror").click()
+    assert _MARKUP in page.locator("#answer p").inner_text()
+    assert _MARKUP in page.locator("#legend").inner_text()
+    assert page.locator("#answer img").count() == 0
+    assert page.evaluate("window.injected") is None
+
+
+def test_any_phrase_can_be_typed_into_a_served_page(open_page, grids, shown):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pop3d_jax.view", f"--grids={grids.store.path}", "--serve", "--port=0"],
+        cwd=_PROJECT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    try:
+        address = process.stdout.readline().split()[0]
+        page = open_page(address, offline=False)
+        for phrase in ("a yellow bicycle", _MARKUP):
+            page.locator("#phrase").fill(phrase)
+            page.locator("#phrase").press("Enter")
+            page.locator("#phrases button", has_text=phrase).wait_for()
+            best = float(page.locator(".hits button").first.inner_text().split()[0])
+            assert best == pytest.approx(similarities(grids, shown, phrase).max(), abs=0.005)
+        assert page.evaluate("window.injected") is None
+        assert page.problems == []
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_what_is_wrong_is_said_in_a_line(small_grids, tmp_path):
+    for flags, words in (
+        ([f"--grids={tmp_path}"], "holds no feature grids"),
+        ([f"--grids={small_grids}", "--sample=99"], "--sample=99"),
+        ([f"--grids={small_grids}", "--split=val"], "--records and --split"),
+        ([f"--grids={small_grids}", f"--records={tmp_path}"], str(tmp_path)),
+        ([f"--grids={small_grids}", "--serve", "--host=203.0.113.1"], "--host=203.0.113.1"),
+    ):
+        done = view(*flags, f"--out={tmp_path / 'scene.html'}")
+        assert done.returncode == 1, (flags, done.stderr)
+        assert words in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "scene.html").exists()

@@ -1,0 +1,157 @@
+import base64
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pop3d_jax import FeatureGrids
+from pop3d_jax.data.records import RecordSource
+from pop3d_jax.geometry import lidar_to_image, project
+from pop3d_jax.inference import Predictor
+from pop3d_jax.metrics import assign_classes
+from pop3d_jax.nuscenes import CAMERAS
+from pop3d_jax.text import embed_phrases
+from pop3d_jax.viewer import scene as scene_module
+from pop3d_jax.viewer.scene import PhraseScorer, default_classifier, read_scene, scene_json
+
+BACKGROUND = ("road", "a tree", "a wall")
+
+
+@pytest.fixture(scope="module")
+def grids(small_grids):
+    return FeatureGrids.open(small_grids)
+
+
+@pytest.fixture(scope="module")
+def source(small_run):
+    return RecordSource(Predictor(small_run).config.data.records, "train")
+
+
+@pytest.fixture(scope="module")
+def scene(grids, source):
+    return read_scene(grids, source, "0")[0]
+
+
+@pytest.fixture(scope="module")
+def scorer(scene, grids):
+    return PhraseScorer(scene, grids, BACKGROUND)
+
+
+@pytest.fixture(scope="module")
+def content(scene, grids, scorer):
+    return scene_json(scene, 1, scorer, ["a red car", "road", "a red car"], default_classifier(grids))
+
+
+def decoded(text, dtype=np.uint8):
+    return np.frombuffer(base64.b64decode(text), dtype)
+
+
+def test_a_scene_is_its_key_frames_in_the_order_of_time(grids, source):
+    for token in grids.sample_tokens:
+        scene, place = read_scene(grids, source, token)
+        times = [grid.timestamp for grid in scene.grids]
+        assert len(times) == 2
+        assert times == sorted(times)
+        assert scene.grids[place].sample_token == token
+        assert [frame.sample_token for frame in scene.key_frames] == [grid.sample_token for grid in scene.grids]
+        assert {grid.scene_name for grid in scene.grids} == {scene.title}
+        alone, place = read_scene(grids, source, token, key_frames=1)
+        assert [grid.sample_token for grid in alone.grids] == [token]
+        assert place == 0
+
+
+@pytest.mark.parametrize("sample", ["7", "f" * 32, "", "-1"])
+def test_an_unknown_sample_is_named(grids, source, sample):
+    with pytest.raises(ValueError, match=f"--sample={sample}: .*key frame"):
+        read_scene(grids, source, sample)
+
+
+def test_records_that_lack_the_key_frames_are_told(grids, small_run):
+    other = RecordSource(Predictor(small_run).config.data.records, "val")
+    with pytest.raises(ValueError, match=r"records lack 2 key frames .*--records and --split"):
+        read_scene(grids, other, "0")
+
+
+def test_similarities_are_cosines_in_eight_bits(scene, grids, content):
+    assert [phrase["text"] for phrase in content["phrases"]] == ["a red car", "road"]
+    vectors = embed_phrases(grids.clip, ["a red car", "road"])
+    for phrase, vector in zip(content["phrases"], vectors, strict=True):
+        step = (phrase["high"] - phrase["low"]) / 255
+        for grid, stored in zip(scene.grids, phrase["similarity"], strict=True):
+            cosines = grid.features @ vector / np.linalg.norm(grid.features, axis=-1)
+            np.testing.assert_allclose(phrase["low"] + step * decoded(stored), cosines, atol=0.51 * step)
+
+
+def test_the_verdict_is_that_of_the_search(grids, scene, scorer):
+    for phrase in ("a red car", "road", "a tall tree"):
+        answer = scorer(phrase)
+        hits = {hit.sample_token: hit for hit in grids.search(phrase, top=len(grids), background=BACKGROUND)}
+        for grid, verdict in zip(scene.grids, answer["verdicts"], strict=True):
+            hit = hits[grid.sample_token]
+            assert verdict["margin"] == pytest.approx(hit.margin, abs=1e-5)
+            assert verdict["present"] == hit.present
+            assert verdict["rival"] == hit.background
+
+
+def test_without_a_background_nothing_is_judged(scene, grids):
+    answer = PhraseScorer(scene, grids, ())("a red car")
+    assert answer["verdicts"] == [{"margin": None, "present": True, "rival": ""}] * 2
+
+
+def test_classes_are_those_of_the_evaluation(scene, grids, content):
+    classifier = default_classifier(grids)
+    for grid, frame in zip(scene.grids, content["frames"], strict=True):
+        expected = assign_classes(*map(np.asarray, (grid.features, classifier.embeddings, classifier.classes)))
+        np.testing.assert_array_equal(decoded(frame["class"]), np.asarray(expected))
+        np.testing.assert_array_equal(decoded(frame["coordinates"]).reshape(-1, 3), grid.coordinates)
+
+
+def test_the_sweep_in_centimetres(scene, content):
+    for record, frame in zip(scene.key_frames, content["frames"], strict=True):
+        sent = decoded(frame["lidar"], "<i2").reshape(-1, 3) / 100
+        np.testing.assert_allclose(sent, record.points[:, :3], atol=0.0051)
+
+
+def test_images_are_made_smaller_with_their_projection(scene, grids, scorer, monkeypatch):
+    monkeypatch.setattr(scene_module, "IMAGE_WIDTH", 80)
+    frame = scene_json(scene, 0, scorer, [], default_classifier(grids))["frames"][0]
+    record = scene.key_frames[0]
+    for camera in range(len(CAMERAS)):
+        image = Image.open(io.BytesIO(base64.b64decode(frame["images"][camera]["jpeg"])))
+        assert image.size == (80, 45)  # of 160 x 90
+        small = np.eye(4)
+        small[:3] = np.reshape(frame["images"][camera]["lidar_to_image"], (3, 4))
+        full = lidar_to_image(record.intrinsics[camera], record.lidar_to_camera[camera])
+        (pixel, depth), (full_pixel, full_depth) = (project(scene.grids[0].centres, m) for m in (small, full))
+        seen = depth > 0
+        np.testing.assert_allclose(pixel[seen], full_pixel[seen] / 2, rtol=1e-9)
+        np.testing.assert_allclose(depth, full_depth)
+
+
+def test_like_features_have_like_colours(scene, grids, scorer):
+    """Principal components see the main difference: two kinds of features become two colours, apart in red."""
+    generator = np.random.default_rng(0)
+    kinds = [np.arange(len(grid.features)) % 2 for grid in scene.grids]
+    axes = np.linalg.qr(generator.normal(size=(scene.directions[0].shape[1], 2)))[0].T.astype(np.float32)
+    directions = [axes[kind] + 0.01 * generator.normal(size=(len(kind), axes.shape[1])) for kind in kinds]
+    changed = dataclasses.replace(scene, directions=directions)
+    content = scene_json(changed, 0, scorer, [], default_classifier(grids))
+    for kind, frame in zip(kinds, content["frames"], strict=True):
+        red = decoded(frame["principal"]).reshape(-1, 3)[:, 0].astype(int)
+        assert abs(red[kind == 0].mean() - red[kind == 1].mean()) > 200
+
+
+def test_a_key_frame_without_voxels(scene, grids):
+    empty = [
+        dataclasses.replace(
+            grid, **{name: getattr(grid, name)[:0] for name in ("coordinates", "occupancy", "features")}
+        )
+        for grid in scene.grids
+    ]
+    nothing = dataclasses.replace(scene, grids=empty, directions=[directions[:0] for directions in scene.directions])
+    scorer = PhraseScorer(nothing, grids, BACKGROUND)
+    content = scene_json(nothing, 0, scorer, ["a red car"], default_classifier(grids))
+    assert content["phrases"][0]["verdicts"] == [{"margin": None, "present": False, "rival": ""}] * 2
+    assert {frame["coordinates"] for frame in content["frames"]} == {""}
