@@ -70,13 +70,15 @@ def has_tag(cell: nbformat.NotebookNode, tag: str) -> bool:
 
 def main(_: list[str]) -> None:
     for name in flags.FLAGS.notebook:
-        with tempfile.TemporaryDirectory() as folder:
-            notebook = execute(name, Path(folder))
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary).resolve()
+            notebook = execute(name, folder)
         for cell in notebook.cells:
             if has_tag(cell, "not_kept"):
                 cell.outputs = []
         path = FOLDER / f"{name}.ipynb"
-        nbformat.write(notebook, path)
+        # Some log lines name the whole path of what was written.
+        path.write_text(nbformat.writes(notebook).replace(f"{folder}/", "") + "\n")
         print(f"{path.relative_to(FOLDER.parent)}: {path.stat().st_size / 1e6:.2f} MB")
 
 

@@ -56,9 +56,7 @@ def pictures(notebook):
 
 def errors(notebook):
     """(cell, output) of every cell that raised."""
-    return [
-        (cell, output) for cell in code_cells(notebook) for output in cell.outputs if output.output_type == "error"
-    ]
+    return [(cell, output) for cell in code_cells(notebook) for output in cell.outputs if output.output_type == "error"]
 
 
 def run(name, folder, *, optimised=False, **parameters):
