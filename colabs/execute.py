@@ -76,9 +76,12 @@ def main(_: list[str]) -> None:
         for cell in notebook.cells:
             if has_tag(cell, "not_kept"):
                 cell.outputs = []
+            if has_tag(cell, "stops"):  # IPython also warns there, of how to end a session
+                cell.outputs = [output for output in cell.outputs if output.output_type != "stream"]
         path = FOLDER / f"{name}.ipynb"
-        # Some log lines name the whole path of what was written.
-        path.write_text(nbformat.writes(notebook).replace(f"{folder}/", "") + "\n")
+        # Some lines name the whole path of what was written or read.
+        text = nbformat.writes(notebook).replace(f"{folder}/", "").replace(f"{FOLDER.parent}/", "")
+        path.write_text(f"{text}\n")
         print(f"{path.relative_to(FOLDER.parent)}: {path.stat().st_size / 1e6:.2f} MB")
 
 
