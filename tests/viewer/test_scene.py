@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import io
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -103,7 +104,7 @@ def test_without_a_background_nothing_is_judged(scene, grids):
 def test_classes_are_those_of_the_evaluation(scene, grids, content):
     classifier = default_classifier(grids)
     for grid, frame in zip(scene.grids, content["frames"], strict=True):
-        expected = assign_classes(*map(np.asarray, (grid.features, classifier.embeddings, classifier.classes)))
+        expected = assign_classes(*map(jnp.asarray, (grid.features, classifier.embeddings, classifier.classes)))
         np.testing.assert_array_equal(decoded(frame["class"]), np.asarray(expected))
         np.testing.assert_array_equal(decoded(frame["coordinates"]).reshape(-1, 3), grid.coordinates)
 
