@@ -19,6 +19,8 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from pop3d_jax.grids.plain_shards import PlainShards
+
 FORMAT = "pop3d_jax.feature_grids"
 FORMAT_VERSION = 1
 # Rows of a chunk: what a reader reads at least.
@@ -125,6 +127,9 @@ class GridStore:
 
     def __init__(self, path: epath.PathLike, attributes: dict[str, Any], arrays: Mapping[str, ts.TensorStore]) -> None:
         self.path, self.attributes, self.arrays = epath.Path(path), attributes, arrays
+        is_local = "://" not in os.fspath(self.path)
+        shards = {name: PlainShards.of(self.path / name) for name in _ROW_ARRAYS} if is_local else {}
+        self._plain_shards = {name: files for name, files in shards.items() if files}
 
     @property
     def key_frames(self) -> int:
@@ -216,8 +221,11 @@ class GridStore:
         Raises:
           GridStoreError: a chunk is damaged.
         """
-        array, target, begin = self.arrays[name], ts.array(rows), 0
         try:
+            if name in self._plain_shards:
+                self._plain_shards[name].read_into(ranges, rows)
+                return
+            array, target, begin = self.arrays[name], ts.array(rows), 0
             waiting = []
             for start, stop in ranges:
                 end = begin + stop - start
