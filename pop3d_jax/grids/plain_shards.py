@@ -26,7 +26,9 @@ _BYTES_CODECS = ({"name": "bytes"}, {"name": "bytes", "configuration": {"endian"
 class PlainShards:
     """The files of one array."""
 
-    def __init__(self, folder: epath.Path, shard_rows: int, chunk_rows: int, row_shape: Sequence[int], kind: str) -> None:
+    def __init__(
+        self, folder: epath.Path, shard_rows: int, chunk_rows: int, row_shape: Sequence[int], kind: str
+    ) -> None:
         self._folder, self._shard_rows, self._chunk_rows = folder, shard_rows, chunk_rows
         self._row_bytes = np.dtype(kind).itemsize * math.prod(row_shape)
         # Chunks are split along rows only: the other numbers of a file's name are zeros.
@@ -60,12 +62,12 @@ class PlainShards:
         """Several ranges of rows, one after the other; every chunk that is touched is checked.
 
         Args:
-          ranges: first and last but one of each.
+          ranges: first row of each, and the one after its last.
           rows: contiguous, filled from its start.
 
         Raises:
-          ValueError: a chunk, an index or a file is damaged.
-          OSError: a file cannot be read.
+          ValueError: a chunk or an index is damaged.
+          OSError: a file is missing or cannot be read.
         """
         target = rows.reshape(-1).view(np.uint8)
         begin = 0
@@ -128,7 +130,7 @@ class _Shard:
         found = 0
         for piece in pieces:
             found = google_crc32c.extend(found, piece)
-        return found == checksum[0]
+        return found == int(checksum[0])
 
 
 def _only_checked(codecs: list[dict[str, Any]]) -> bool:

@@ -6,6 +6,7 @@ phrases that must not fit better, cost one pass.
 """
 
 import concurrent.futures
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ _CACHE_ROWS = 512
 BLOCK_BYTES = 2**24
 # Blocks under way for each processor: reading waits for files and locks.
 _BLOCKS_PER_PROCESSOR = 2
+# Bytes; XLA's CPU arrays start at multiples of it.
+_ALIGNMENT = 64
 
 
 def runs_of_key_frames(
@@ -77,6 +80,14 @@ def phrase_tables(
     return np.einsum("qpd,ped->peq", rotated, codebook.entries).astype(np.float32)
 
 
+def _aligned_zeros(shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+    """Zeros at an address that JAX takes over on a CPU without a copy."""
+    size = math.prod(shape) * kind.itemsize
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(kind).reshape(shape)
+
+
 def best_similarities(
     store: GridStore,
     offsets: Int[np.ndarray, " frames"],
@@ -112,7 +123,7 @@ def best_similarities(
     def read(name: str, ranges: list[tuple[int, int]]) -> np.ndarray:
         array = store.arrays[name]
         if not hasattr(buffers, name):
-            setattr(buffers, name, np.zeros((size, *array.shape[1:]), array.dtype.numpy_dtype))
+            setattr(buffers, name, _aligned_zeros((size, *array.shape[1:]), array.dtype.numpy_dtype))
         rows = getattr(buffers, name)
         store.read_into(name, ranges, rows)
         return rows

@@ -25,10 +25,11 @@ FORMAT = "pop3d_jax.feature_grids"
 FORMAT_VERSION = 1
 # Rows of a chunk: what a reader reads at least.
 CHUNK_ROWS = 4096
-# Long features hardly compress, and decompressing them would take longer than searching them: they are stored as they
-# are, in smaller chunks, because the last one of a key frame is filled up with zeros.
+# Features hardly compress, and decompressing them would take longer than searching them: they are stored as they are,
+# in smaller chunks, because the last one of a key frame is filled up with zeros; not too small, since each is a read.
 _LONG_FEATURE_BYTES = 256
 _LONG_FEATURE_CHUNK_ROWS = 512
+_SHORT_FEATURE_CHUNK_ROWS = 2048
 # Key frames of a file; a host owns whole files.
 SHARD_KEY_FRAMES = 8
 _ROW_ARRAYS = ("coordinates", "occupancy", "features", "feature_scale", "feature_norm")
@@ -87,12 +88,16 @@ def _metadata(name: str, kind: str, shape: tuple[int, ...], ragged: bool, rows: 
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     if kind in ("int8", "uint8"):
         little = {"name": "bytes"}
-    is_long = name == "features" and np.dtype(kind).itemsize * shape[1] >= _LONG_FEATURE_BYTES
-    compressed = [] if is_long else [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}]
+    compressed = [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}]
+    inner_rows = CHUNK_ROWS
+    if name == "features":
+        compressed = []
+        is_long = np.dtype(kind).itemsize * shape[1] >= _LONG_FEATURE_BYTES
+        inner_rows = _LONG_FEATURE_CHUNK_ROWS if is_long else _SHORT_FEATURE_CHUNK_ROWS
     checked = [little, *compressed, {"name": "crc32c"}]
     if ragged:
         outer = (SHARD_KEY_FRAMES * rows, *shape[1:])
-        inner = (_LONG_FEATURE_CHUNK_ROWS if is_long else CHUNK_ROWS, *shape[1:])
+        inner = (inner_rows, *shape[1:])
         index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         codecs = [
             {
@@ -176,6 +181,8 @@ class GridStore:
                 "driver": "zarr3",
                 "kvstore": _kvstore(path, name),
                 "metadata": _metadata(name, kind, shape, ragged, rows),
+                # Zeros are written too: a file that is missing was lost.
+                "store_data_equal_to_fill_value": True,
             }
             opened[name] = _opened(spec, path, name, create=True, open=True)
         return cls(path, _read_group(path), opened)
