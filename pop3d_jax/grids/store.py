@@ -321,7 +321,10 @@ def _opened(spec: dict[str, Any], path: epath.Path, name: str, **how: bool) -> t
     try:
         return ts.open(spec, context=context, **how).result()
     except (ValueError, OSError) as error:
-        raise GridStoreError(f"{path}/{name} cannot be opened: {error}. Is the store half copied?") from error
+        raise GridStoreError(
+            f"{path}/{name} cannot be opened: {error}. Is the store half written, or half copied? Give the command of "
+            "its export again, or copy it again."
+        ) from error
 
 
 def _read_group(path: epath.Path) -> dict[str, Any]:
