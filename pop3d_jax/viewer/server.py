@@ -10,7 +10,6 @@ from typing import Any
 
 from absl import logging
 
-
 # The same as the field in the page takes.
 LONGEST_PHRASE = 200
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
