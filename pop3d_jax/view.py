@@ -66,10 +66,7 @@ def main(_: list[str]) -> None:
 
 
 def _serve(page: str, scorer: PhraseScorer, host: str, port: int) -> None:
-    try:
-        server = make_server(page, scorer, host, port)
-    except OSError as error:
-        raise ValueError(f"--host={host} --port={port}: {error.strerror}; give others, --port=0 takes any") from error
+    server = make_server(page, scorer, host, port)
     if not is_loopback(host):
         logging.warning("--host=%s: whoever reaches this machine can see the page and ask it", host)
     name = f"[{host}]" if ":" in host else host

@@ -1,7 +1,10 @@
 """The export command, from a trained run to hits, with real processes."""
 
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,11 +16,15 @@ import pytest
 from pop3d_jax import FeatureGrids
 from pop3d_jax.data.records import RecordSource
 from pop3d_jax.grids.exporter import Selection, export, select
-from pop3d_jax.grids.store import GridStore
+from pop3d_jax.grids.store import SHARD_KEY_FRAMES, GridStore
 from pop3d_jax.grids.tables import write_parquet
 from pop3d_jax.inference import Prediction, Predictor, find_sample
 
 _PROJECT = Path(__file__).resolve().parent.parent
+
+
+# Five files of key frames out of the four that there are, again and again.
+MANY_SAMPLES = "--samples=" + ",".join(str(number % 4) for number in range(5 * SHARD_KEY_FRAMES - 1))
 
 
 def command(module, *flags, **environment):
@@ -29,6 +36,18 @@ def command(module, *flags, **environment):
         text=True,
         check=False,
     )
+
+
+def assert_same_stores(expected, found):
+    whole, again = GridStore.open(expected), GridStore.open(found)
+    assert again.attributes == whole.attributes
+    for name in whole.arrays:
+        if name not in whole.row_arrays():
+            np.testing.assert_array_equal(again.read(name), whole.read(name))
+    for start, count in zip(whole.read("voxel_offset"), whole.read("voxel_count"), strict=True):
+        for name in whole.row_arrays():
+            rows = int(start), int(start + count)
+            np.testing.assert_array_equal(again.read(name, *rows), whole.read(name, *rows))
 
 
 @pytest.fixture(scope="module")
@@ -91,34 +110,118 @@ def test_an_export_that_was_killed_goes_on(small_run, exported, tmp_path):
         [sys.executable, "-m", "pop3d_jax.export", *flags], cwd=_PROJECT, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while not (out / "voxel_count" / "zarr.json").exists():
+    while not (out / "intrinsics" / "zarr.json").exists():  # the last array
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    asked = command("query", f"--grids={out}", "--text=a red car", f"--out={tmp_path / 'hits.png'}")
+    assert asked.returncode == 1
+    assert "is half written: 0 of 4 key frames. Give the command of its export again" in asked.stderr
     done = command("export", *flags)
     assert done.returncode == 0, done.stderr
-    whole, again = GridStore.open(exported), GridStore.open(out)
-    assert again.attributes == whole.attributes
-    for name in whole.arrays:
-        if name not in whole.row_arrays():
-            np.testing.assert_array_equal(again.read(name), whole.read(name))
-    for start, count in zip(whole.read("voxel_offset"), whole.read("voxel_count"), strict=True):
-        for name in whole.row_arrays():
-            rows = int(start), int(start + count)
-            np.testing.assert_array_equal(again.read(name, *rows), whole.read(name, *rows))
+    assert_same_stores(exported, out)
     nothing_to_do = command("export", *flags)
     assert "1 of 1 files are already there" in nothing_to_do.stderr
 
 
-def test_a_store_made_otherwise_stays(small_run, exported):
-    before = sorted(file.stat().st_mtime_ns for file in exported.rglob("*"))
-    done = command("export", f"--workdir={small_run}", "--split=train", f"--out={exported}", "--precision=int8")
+def start_pair(*flags):
+    """Two processes that export as one program."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "pop3d_jax.export", *flags],
+            cwd=_PROJECT,
+            env=os.environ | variables | {"JAX_PROCESS_ID": str(index)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_two_hosts_write_the_store_of_one_and_go_on_when_one_was_killed(small_run, tmp_path):
+    flags = [f"--workdir={small_run}", "--split=train", "--dense", "--precision=pq", "--pq_bytes=4", MANY_SAMPLES]
+    alone = command("export", f"--out={tmp_path / 'alone.zarr'}", *flags)
+    assert alone.returncode == 0, alone.stderr
+
+    out = tmp_path / "pair.zarr"
+    pair = start_pair(f"--out={out}", *flags)
+    deadline = time.monotonic() + 200
+    while not (out / "voxel_count" / "c" / "1").exists():
+        assert [process.poll() for process in pair] == [None, None]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    pair[1].send_signal(signal.SIGKILL)
+    pair[1].communicate()
+    # The other one writes its own files, and then waits in vain: it fails, or is ended by whoever watches it.
+    try:
+        pair[0].communicate(timeout=60)
+        assert pair[0].returncode != 0
+    except subprocess.TimeoutExpired:
+        pair[0].kill()
+        pair[0].communicate()
+    before = GridStore.open(out)
+    assert before.written().any()
+    assert not before.written().all()
+    assert not before.attributes["complete"]
+
+    pair = start_pair(f"--out={out}", *flags)
+    logs = [process.communicate(timeout=200)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], logs
+    assert "1 of 2 files are already there" in logs[1]
+    assert_same_stores(tmp_path / "alone.zarr", out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "differing"), [(["--precision=int8"], "precision, selection"), (["--step=6", "--dense"], "model")]
+)
+def test_a_store_made_otherwise_stays(small_run, exported, flags, differing):
+    flags = [f"--workdir={small_run}", "--split=train", f"--out={exported}", "--precision=float16", *flags]
+    before = sorted((file, file.stat().st_mtime_ns) for file in exported.rglob("*"))
+    done = command("export", *flags)
     assert done.returncode == 1
-    assert "made otherwise (precision, selection differ): nothing was changed" in done.stderr
+    assert f"made otherwise ({differing} differ): nothing was changed" in done.stderr
+    assert "--overwrite to delete them" in done.stderr
     assert "Traceback" not in done.stderr
-    assert sorted(file.stat().st_mtime_ns for file in exported.rglob("*")) == before
+    assert sorted((file, file.stat().st_mtime_ns) for file in exported.rglob("*")) == before
+
+
+def test_overwrite_replaces_a_store_of_another_model(small_run, exported, tmp_path):
+    out = tmp_path / "grids.zarr"
+    shutil.copytree(exported, out)
+    done = command("export", f"--workdir={small_run}", "--split=train", f"--out={out}", "--step=6", "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert GridStore.open(out).attributes["model"]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        # A real failing write: this process may not write files above a limit.
+        ("resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))", "not written: .*give the same command again"),
+        ("usage = shutil.disk_usage('/'); shutil.disk_usage = lambda _: usage._replace(free=2**20)", "not enough disk"),
+    ],
+)
+def test_no_room_is_named(small_run, exported, tmp_path, trouble, words):
+    out = tmp_path / "grids.zarr"
+    flags = [f"--workdir={small_run}", "--split=train", f"--out={out}", "--dense", "--precision=float16"]
+    program = f"import resource, runpy, shutil\n{trouble}\nrunpy.run_module('pop3d_jax.export', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *flags], cwd=_PROJECT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert re.search(f"error: .*grids.zarr, key frames 0 to 3: {words}", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not GridStore.open(out).written().any()
+    again = command("export", *flags)
+    assert again.returncode == 0, again.stderr
+    assert_same_stores(exported, out)
 
 
 def test_wrong_requests_are_named(small_run, tmp_path):

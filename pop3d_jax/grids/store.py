@@ -19,14 +19,17 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from pop3d_jax.grids.plain_shards import PlainShards
+
 FORMAT = "pop3d_jax.feature_grids"
 FORMAT_VERSION = 1
 # Rows of a chunk: what a reader reads at least.
 CHUNK_ROWS = 4096
-# Long features hardly compress, and decompressing them would take longer than searching them: they are stored as they
-# are, in smaller chunks, because the last one of a key frame is filled up with zeros.
+# Features hardly compress, and decompressing them would take longer than searching them: they are stored as they are,
+# in smaller chunks, because the last one of a key frame is filled up with zeros; not too small, since each is a read.
 _LONG_FEATURE_BYTES = 256
 _LONG_FEATURE_CHUNK_ROWS = 512
+_SHORT_FEATURE_CHUNK_ROWS = 2048
 # Key frames of a file; a host owns whole files.
 SHARD_KEY_FRAMES = 8
 _ROW_ARRAYS = ("coordinates", "occupancy", "features", "feature_scale", "feature_norm")
@@ -85,12 +88,16 @@ def _metadata(name: str, kind: str, shape: tuple[int, ...], ragged: bool, rows: 
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     if kind in ("int8", "uint8"):
         little = {"name": "bytes"}
-    is_long = name == "features" and np.dtype(kind).itemsize * shape[1] >= _LONG_FEATURE_BYTES
-    compressed = [] if is_long else [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}]
+    compressed = [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}]
+    inner_rows = CHUNK_ROWS
+    if name == "features":
+        compressed = []
+        is_long = np.dtype(kind).itemsize * shape[1] >= _LONG_FEATURE_BYTES
+        inner_rows = _LONG_FEATURE_CHUNK_ROWS if is_long else _SHORT_FEATURE_CHUNK_ROWS
     checked = [little, *compressed, {"name": "crc32c"}]
     if ragged:
         outer = (SHARD_KEY_FRAMES * rows, *shape[1:])
-        inner = (_LONG_FEATURE_CHUNK_ROWS if is_long else CHUNK_ROWS, *shape[1:])
+        inner = (inner_rows, *shape[1:])
         index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         codecs = [
             {
@@ -125,6 +132,9 @@ class GridStore:
 
     def __init__(self, path: epath.PathLike, attributes: dict[str, Any], arrays: Mapping[str, ts.TensorStore]) -> None:
         self.path, self.attributes, self.arrays = epath.Path(path), attributes, arrays
+        is_local = "://" not in os.fspath(self.path)
+        shards = {name: PlainShards.of(self.path / name) for name in _ROW_ARRAYS} if is_local else {}
+        self._plain_shards = {name: files for name, files in shards.items() if files}
 
     @property
     def key_frames(self) -> int:
@@ -171,6 +181,8 @@ class GridStore:
                 "driver": "zarr3",
                 "kvstore": _kvstore(path, name),
                 "metadata": _metadata(name, kind, shape, ragged, rows),
+                # Zeros are written too: a file that is missing was lost.
+                "store_data_equal_to_fill_value": True,
             }
             opened[name] = _opened(spec, path, name, create=True, open=True)
         return cls(path, _read_group(path), opened)
@@ -216,8 +228,11 @@ class GridStore:
         Raises:
           GridStoreError: a chunk is damaged.
         """
-        array, target, begin = self.arrays[name], ts.array(rows), 0
         try:
+            if name in self._plain_shards:
+                self._plain_shards[name].read_into(ranges, rows)
+                return
+            array, target, begin = self.arrays[name], ts.array(rows), 0
             waiting = []
             for start, stop in ranges:
                 end = begin + stop - start
@@ -306,7 +321,10 @@ def _opened(spec: dict[str, Any], path: epath.Path, name: str, **how: bool) -> t
     try:
         return ts.open(spec, context=context, **how).result()
     except (ValueError, OSError) as error:
-        raise GridStoreError(f"{path}/{name} cannot be opened: {error}. Is the store half copied?") from error
+        raise GridStoreError(
+            f"{path}/{name} cannot be opened: {error}. Is the store half written, or half copied? Give the command of "
+            "its export again, or copy it again."
+        ) from error
 
 
 def _read_group(path: epath.Path) -> dict[str, Any]:

@@ -5,11 +5,10 @@ import http.server
 import json
 import threading
 import urllib.parse
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
-
-from pop3d_jax.viewer.scene import PhraseScorer
 
 # The same as the field in the page takes.
 LONGEST_PHRASE = 200
@@ -22,18 +21,20 @@ def is_loopback(host: str) -> bool:
     return host in _LOOPBACK
 
 
-def make_server(page: str, scorer: PhraseScorer, host: str, port: int) -> http.server.ThreadingHTTPServer:
+def make_server(
+    page: str, scorer: Callable[[str], dict[str, Any]], host: str, port: int
+) -> http.server.ThreadingHTTPServer:
     """A server, bound and not yet serving: call its `serve_forever()`.
 
     Args:
       page: HTML, given out at `/`.
-      scorer: answers `/similarity?text=...`.
+      scorer: a `PhraseScorer`; answers `/similarity?text=...`.
       host: name or address to bind to; on loopback, requests under any other name are refused, so that a page of
         another site cannot reach the server through a name of its own.
       port: 0 for any that is free.
 
     Raises:
-      OSError: the address is taken or not ours.
+      ValueError: the address is taken or not ours.
     """
     document = page.encode()
     lock = threading.Lock()
@@ -76,4 +77,7 @@ def make_server(page: str, scorer: PhraseScorer, host: str, port: int) -> http.s
         def log_message(self, form: str, *values: Any) -> None:
             logging.debug(form, *values)
 
-    return http.server.ThreadingHTTPServer((host, port), Handler)
+    try:
+        return http.server.ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise ValueError(f"--host={host} --port={port}: {error.strerror}; give others, --port=0 takes any") from error

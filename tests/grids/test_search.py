@@ -7,6 +7,7 @@ from random_grids import DIM, write_store
 from pop3d_jax.grids import search
 from pop3d_jax.grids.feature_grids import FeatureGrids
 from pop3d_jax.grids.search import best_similarities
+from pop3d_jax.grids.store import GridStoreError
 
 
 @pytest.fixture
@@ -44,6 +45,34 @@ def test_the_best_similarity_of_every_key_frame(make_store, vectors, precision, 
                 rivals = (features / length[:, None] @ without.T).max(-1)
                 cosines = np.where(cosines < rivals[:, None], -np.inf, cosines)
             np.testing.assert_allclose(found[number], cosines.max(0), atol=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["int8", "pq"])
+def test_local_files_are_read_without_a_zarr_library_and_give_the_same(make_store, vectors, precision):
+    grids = FeatureGrids.open(make_store(precision)[0])
+    arguments = grids.store, grids.offsets, grids.counts, vectors, vectors[:0], grids.codebook
+    found = best_similarities(*arguments)
+    assert "features" in grids.store._plain_shards
+    grids.store._plain_shards.clear()
+    np.testing.assert_array_equal(best_similarities(*arguments), found)
+
+
+def test_damage_stops_a_search(make_store, vectors):
+    path, _ = make_store("int8")
+    file = path / "features" / "c" / "1" / "0"
+    whole = file.read_bytes()
+    chunk = bytearray(whole)
+    chunk[100] ^= 1
+    index = bytearray(whole)
+    index[-10] ^= 1
+    for damaged, words in ((chunk, "chunk .* is damaged"), (index, "index is damaged"), (b"", "index is damaged")):
+        file.write_bytes(damaged)
+        grids = FeatureGrids.open(path)
+        with pytest.raises(GridStoreError, match=rf"features, rows .* cannot be read.*c/1/0: .*{words}"):
+            best_similarities(grids.store, grids.offsets, grids.counts, vectors, vectors[:0])
+    file.unlink()
+    with pytest.raises(GridStoreError, match=r"features, rows .* No such file"):
+        best_similarities(grids.store, grids.offsets, grids.counts, vectors, vectors[:0])
 
 
 def test_hits_are_ranked_and_placed(make_store, vectors, monkeypatch):

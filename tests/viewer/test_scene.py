@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import io
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -40,8 +41,13 @@ def scorer(scene, grids):
 
 
 @pytest.fixture(scope="module")
-def content(scene, grids, scorer):
-    return scene_json(scene, 1, scorer, ["a red car", "road", "a red car"], default_classifier(grids))
+def classifier(grids):
+    return default_classifier(grids)
+
+
+@pytest.fixture(scope="module")
+def content(scene, classifier, scorer):
+    return scene_json(scene, 1, scorer, ["a red car", "road", "a red car"], classifier)
 
 
 def decoded(text, dtype=np.uint8):
@@ -100,10 +106,9 @@ def test_without_a_background_nothing_is_judged(scene, grids):
     assert answer["verdicts"] == [{"margin": None, "present": True, "rival": ""}] * 2
 
 
-def test_classes_are_those_of_the_evaluation(scene, grids, content):
-    classifier = default_classifier(grids)
+def test_classes_are_those_of_the_evaluation(scene, classifier, content):
     for grid, frame in zip(scene.grids, content["frames"], strict=True):
-        expected = assign_classes(*map(np.asarray, (grid.features, classifier.embeddings, classifier.classes)))
+        expected = assign_classes(*map(jnp.asarray, (grid.features, classifier.embeddings, classifier.classes)))
         np.testing.assert_array_equal(decoded(frame["class"]), np.asarray(expected))
         np.testing.assert_array_equal(decoded(frame["coordinates"]).reshape(-1, 3), grid.coordinates)
 
@@ -114,9 +119,9 @@ def test_the_sweep_in_centimetres(scene, content):
         np.testing.assert_allclose(sent, record.points[:, :3], atol=0.0051)
 
 
-def test_images_are_made_smaller_with_their_projection(scene, grids, scorer, monkeypatch):
+def test_images_are_made_smaller_with_their_projection(scene, classifier, scorer, monkeypatch):
     monkeypatch.setattr(scene_module, "IMAGE_WIDTH", 80)
-    frame = scene_json(scene, 0, scorer, [], default_classifier(grids))["frames"][0]
+    frame = scene_json(scene, 0, scorer, [], classifier)["frames"][0]
     record = scene.key_frames[0]
     for camera in range(len(CAMERAS)):
         image = Image.open(io.BytesIO(base64.b64decode(frame["images"][camera]["jpeg"])))
@@ -130,20 +135,20 @@ def test_images_are_made_smaller_with_their_projection(scene, grids, scorer, mon
         np.testing.assert_allclose(depth, full_depth)
 
 
-def test_like_features_have_like_colours(scene, grids, scorer):
+def test_like_features_have_like_colours(scene, classifier, scorer):
     """Principal components see the main difference: two kinds of features become two colours, apart in red."""
     generator = np.random.default_rng(0)
     kinds = [np.arange(len(grid.features)) % 2 for grid in scene.grids]
     axes = np.linalg.qr(generator.normal(size=(scene.directions[0].shape[1], 2)))[0].T.astype(np.float32)
     directions = [axes[kind] + 0.01 * generator.normal(size=(len(kind), axes.shape[1])) for kind in kinds]
     changed = dataclasses.replace(scene, directions=directions)
-    content = scene_json(changed, 0, scorer, [], default_classifier(grids))
+    content = scene_json(changed, 0, scorer, [], classifier)
     for kind, frame in zip(kinds, content["frames"], strict=True):
         red = decoded(frame["principal"]).reshape(-1, 3)[:, 0].astype(int)
         assert abs(red[kind == 0].mean() - red[kind == 1].mean()) > 200
 
 
-def test_a_key_frame_without_voxels(scene, grids):
+def test_a_key_frame_without_voxels(scene, grids, classifier):
     empty = [
         dataclasses.replace(
             grid, **{name: getattr(grid, name)[:0] for name in ("coordinates", "occupancy", "features")}
@@ -152,6 +157,6 @@ def test_a_key_frame_without_voxels(scene, grids):
     ]
     nothing = dataclasses.replace(scene, grids=empty, directions=[directions[:0] for directions in scene.directions])
     scorer = PhraseScorer(nothing, grids, BACKGROUND)
-    content = scene_json(nothing, 0, scorer, ["a red car"], default_classifier(grids))
+    content = scene_json(nothing, 0, scorer, ["a red car"], classifier)
     assert content["phrases"][0]["verdicts"] == [{"margin": None, "present": False, "rival": ""}] * 2
     assert {frame["coordinates"] for frame in content["frames"]} == {""}

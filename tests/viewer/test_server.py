@@ -61,6 +61,11 @@ def test_other_names_and_other_paths_are_refused(connection, asked):
     assert not asked
 
 
+def test_an_address_that_is_taken_is_named(connection):
+    with pytest.raises(ValueError, match=f"--host=127.0.0.1 --port={connection.port}: .*--port=0"):
+        make_server("", lambda text: {}, "127.0.0.1", connection.port)
+
+
 def test_loopback_names():
     assert is_loopback("127.0.0.1")
     assert is_loopback("localhost")

@@ -114,8 +114,8 @@ function showAnswer(current, hits) {
 
 function metres(current, voxel) {
   const [x, y, z] = current.centres.subarray(3 * voxel, 3 * voxel + 3);
-  const side = x >= 0 ? `${x.toFixed(1)} m right` : `${(-x).toFixed(1)} m left`;
-  const ahead = y >= 0 ? `${y.toFixed(1)} m ahead` : `${(-y).toFixed(1)} m behind`;
+  const side = `${Math.abs(x).toFixed(1)} m ${x >= 0 ? "right" : "left"}`;
+  const ahead = `${Math.abs(y).toFixed(1)} m ${y >= 0 ? "ahead" : "behind"}`;
   return { x, y, z, words: `${side}, ${ahead}` };
 }
 
