@@ -14,6 +14,8 @@ import jax
 from absl import app, flags, logging
 from etils import epath
 
+from pop3d_jax.user_cache import user_cache
+
 # Libraries whose informational lines say nothing to the person at the terminal; their warnings still come through.
 _TALKATIVE = ("orbax", "grain", "tensorflow_datasets", "jax", "flax")
 
@@ -50,8 +52,7 @@ def _choose_platform() -> None:
 def _keep_compiled_programs() -> None:
     """Compiled programs are kept from one command to the next, unless JAX_COMPILATION_CACHE_DIR names a place."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "pop3d_jax", "compiled"))
+        jax.config.update("jax_compilation_cache_dir", os.fspath(user_cache("compiled")))
 
 
 @contextlib.contextmanager

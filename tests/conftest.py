@@ -18,11 +18,17 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pop3d_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# What commands keep for the user is kept for the suite instead, and shared by its processes.
+if "POP3D_TESTS_CACHE" not in os.environ:
+    os.environ["POP3D_TESTS_CACHE"] = tempfile.mkdtemp(prefix="pop3d_jax_tests_cache_")
+    atexit.register(shutil.rmtree, os.environ["POP3D_TESTS_CACHE"], ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = os.environ["POP3D_TESTS_CACHE"]
 # Workers of the input pipeline and command tests inherit this: no telemetry, no hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import ml_collections
 import pytest
+from filelock import FileLock
 from jaxtyping import install_import_hook
 
 # Every signature of the package is checked against the arrays it really gets.
@@ -67,20 +73,45 @@ def tiny_clip_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A synthetic world of three scenes at a tenth of the images' scale, as the command writes it."""
-    folder = tmp_path_factory.mktemp("small_world") / "world"
-    _run_module("data_prep.synthetic", out=folder, scenes=3, keyframes=2, seed=0, image_scale=0.1)
-    return folder
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`make_once(name, make)`: the folder that `make(folder)` filled, once for all processes of the suite."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not (root / f"{name}.made").exists():
+                folder.mkdir()
+                make(folder)
+                (root / f"{name}.made").touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
-def small_records(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_world(make_once) -> Path:
+    """A synthetic world of three scenes at a tenth of the images' scale, as the command writes it."""
+
+    def make(folder: Path) -> None:
+        _run_module("data_prep.synthetic", out=folder / "world", scenes=3, keyframes=2, seed=0, image_scale=0.1)
+
+    return make_once("small_world", make) / "world"
+
+
+@pytest.fixture(scope="session")
+def small_records(small_world: Path, make_once) -> Path:
     """Records of the small world, splits train and val."""
-    folder = tmp_path_factory.mktemp("small_records") / "records"
-    for split in ("train", "val"):
-        _run_module("data_prep.build", source=small_world, version="v1.0-trainval", split=split, out=folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        for split in ("train", "val"):
+            _run_module(
+                "data_prep.build", source=small_world, version="v1.0-trainval", split=split, out=folder / "records"
+            )
+
+    return make_once("small_records", make) / "records"
 
 
 def small_fields(records: Path, teacher: Path) -> dict[str, object]:
@@ -133,21 +164,26 @@ def small_train(small_records: Path, tiny_clip_folder: Path) -> Callable[..., su
 
 
 @pytest.fixture(scope="session")
-def small_run(small_train: Callable[..., subprocess.Popen], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_run(small_train: Callable[..., subprocess.Popen], make_once) -> Path:
     """Workdir of a finished, unbroken run of the small experiment."""
-    workdir = tmp_path_factory.mktemp("small_run") / "run"
-    process = small_train(workdir)
-    _, log = process.communicate(timeout=400)
-    assert process.returncode == 0, log
-    return workdir
+
+    def make(folder: Path) -> None:
+        process = small_train(folder / "run")
+        _, log = process.communicate(timeout=400)
+        assert process.returncode == 0, log
+
+    return make_once("small_run", make) / "run"
 
 
 @pytest.fixture(scope="session")
-def small_grids(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_grids(small_run: Path, make_once) -> Path:
     """Exported grids of the small run: all voxels of the training split's four key frames, of two scenes."""
-    out = tmp_path_factory.mktemp("small_grids") / "grids.zarr"
-    _run_module("pop3d_jax.export", workdir=small_run, split="train", out=out, dense=True, precision="float16")
-    return out
+
+    def make(folder: Path) -> None:
+        out = folder / "grids.zarr"
+        _run_module("pop3d_jax.export", workdir=small_run, split="train", out=out, dense=True, precision="float16")
+
+    return make_once("small_grids", make) / "grids.zarr"
 
 
 def _run_module(module: str, **arguments: object) -> None:

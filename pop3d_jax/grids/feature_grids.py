@@ -24,6 +24,7 @@ from pop3d_jax.grids.store import GridStore, GridStoreError
 from pop3d_jax.models.clip import LoadedCLIP, load_clip
 from pop3d_jax.nuscenes import CAMERAS
 from pop3d_jax.text import embed_phrases
+from pop3d_jax.user_cache import user_text_cache
 from pop3d_jax.voxels import Volume, voxel_centres
 
 # Public, see docs/api.md: what is opened, what it returns and what it raises.
@@ -279,8 +280,10 @@ class FeatureGrids:
         phrases = [text] if isinstance(text, str) else list(text)
         if top < 1:
             raise ValueError(f"top = {top} must be at least 1")
-        vectors = embed_phrases(self.clip, [*phrases, *without, *background])
-        asked, others, behind = np.split(vectors, [len(phrases), len(phrases) + len(without)])
+        asked, others = np.split(embed_phrases(self.clip, [*phrases, *without]), [len(phrases)])
+        behind = asked[:0]
+        if background:
+            behind = embed_phrases(self.clip, background, cache_dir=user_text_cache())
         best = best_similarities(self.store, self.offsets, self.counts, asked, others, self.codebook)
         hits = []
         for column, phrase in enumerate(phrases):

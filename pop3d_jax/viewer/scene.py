@@ -20,6 +20,7 @@ from pop3d_jax.grids.feature_grids import BACKGROUND_PHRASES, FeatureGrids, KeyF
 from pop3d_jax.metrics import class_logits, prompt_logits
 from pop3d_jax.nuscenes import CAMERAS, CLASS_COLOURS, CLASS_NAMES, EMPTY, UNLABELLED
 from pop3d_jax.text import TextClassifier, embed_phrases, zero_shot_classifier
+from pop3d_jax.user_cache import user_text_cache
 
 # Wide enough to recognise things, small enough for a scene of forty key frames in one file.
 IMAGE_WIDTH = 640
@@ -109,9 +110,11 @@ class PhraseScorer:
         """
         self._scene, self._clip, self._threshold = scene, grids.clip, threshold
         self.background = tuple(background)
+        self._known: dict[str, np.ndarray] = {}
         self._behind: list[np.ndarray] = []
         if self.background:
-            vectors = embed_phrases(self._clip, self.background)
+            vectors = embed_phrases(self._clip, self.background, cache_dir=user_text_cache())
+            self._known = dict(zip(self.background, vectors, strict=True))
             self._behind = [directions @ vectors.T for directions in scene.directions]
 
     def __call__(self, text: str) -> dict[str, Any]:
@@ -120,7 +123,7 @@ class PhraseScorer:
         Raises:
           ValueError: an empty phrase.
         """
-        vector = embed_phrases(self._clip, [text])[0]
+        vector = self._known[text] if text in self._known else embed_phrases(self._clip, [text])[0]
         similarities = [directions @ vector for directions in self._scene.directions]
         everywhere = np.concatenate(similarities)
         low, high = _range(everywhere)
@@ -201,7 +204,7 @@ def scene_json(
 
 def default_classifier(grids: FeatureGrids) -> TextClassifier:
     """The official zero-shot classes, in the words of the store's text tower."""
-    return zero_shot_classifier(grids.clip)
+    return zero_shot_classifier(grids.clip, cache_dir=user_text_cache())
 
 
 def _slices(parts: Sequence[np.ndarray]) -> list[slice]:
