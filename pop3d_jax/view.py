@@ -43,7 +43,7 @@ def main(_: list[str]) -> None:
     values = flags.FLAGS
     if any(not phrase.strip() for phrase in (*values.text, *values.background)):
         raise app.UsageError("--text and --background must not be empty")
-    with stop_with_message(RecordError, GridStoreError, ValueError, FileNotFoundError):
+    with stop_with_message(RecordError, GridStoreError, ValueError, OSError):
         grids = FeatureGrids.open(values.grids, text_tower=values.text_tower)
         attributes = grids.store.attributes
         records = values.records or attributes["config"]["data"]["records"]
@@ -69,8 +69,7 @@ def _serve(page: str, scorer: PhraseScorer, host: str, port: int) -> None:
     server = make_server(page, scorer, host, port)
     if not is_loopback(host):
         logging.warning("--host=%s: whoever reaches this machine can see the page and ask it", host)
-    name = f"[{host}]" if ":" in host else host
-    print(f"http://{name}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+    print(f"http://{host}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

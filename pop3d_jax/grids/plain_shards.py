@@ -66,7 +66,7 @@ class PlainShards:
           rows: contiguous, filled from its start.
 
         Raises:
-          ValueError: a chunk or an index is damaged.
+          ValueError: a chunk or an index is damaged, or the chunk was never written.
           OSError: a file is missing or cannot be read.
         """
         target = rows.reshape(-1).view(np.uint8)
@@ -114,8 +114,7 @@ class _Shard:
         """Bytes of a chunk, from `skipped` on; the others are read too, for the checksum."""
         offset, size = map(int, self._index[chunk])
         if offset == size == _MISSING:
-            target[:] = 0
-            return
+            raise ValueError(f"{self._path}: chunk {chunk} was never written")
         before = np.empty(skipped, np.uint8)
         after = np.empty(self._chunk_bytes - skipped - len(target), np.uint8)
         if size != self._chunk_bytes + _CHECKSUM_BYTES or not self._read_checked([before, target, after], offset):

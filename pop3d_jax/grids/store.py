@@ -206,7 +206,18 @@ class GridStore:
         names = list(describe_arrays(1, CHUNK_ROWS, 1, attributes["precision"], None))
         names += ["codebook_rotation", "codebook_entries"] if attributes["precision"] == "pq" else []
         opened = {
-            name: _opened({"driver": "zarr3", "kvstore": _kvstore(path, name)}, path, name, open=True, read=True)
+            name: _opened(
+                {
+                    "driver": "zarr3",
+                    "kvstore": _kvstore(path, name),
+                    # Which key frames are written is told by what is missing of these two; elsewhere it was lost.
+                    "fill_missing_data_reads": name in ("voxel_count", "voxel_offset"),
+                },
+                path,
+                name,
+                open=True,
+                read=True,
+            )
             for name in names
         }
         return cls(path, attributes, opened)

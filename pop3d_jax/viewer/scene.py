@@ -74,7 +74,8 @@ def read_scene(
     timestamps = grids.store.read("timestamp")
     chosen = [other for other, scene in enumerate(grids.scene_names) if scene == name]
     if key_frames is not None:
-        nearest = sorted(chosen, key=lambda other: abs(int(timestamps[other]) - int(timestamps[number])))
+        # The key frame itself first, also where the store holds it twice.
+        nearest = sorted(chosen, key=lambda k: (abs(int(timestamps[k]) - int(timestamps[number])), k != number))
         chosen = nearest[:key_frames]
     chosen.sort(key=lambda other: int(timestamps[other]))
     places = {token: place for place, token in enumerate(source.sample_tokens)}
@@ -152,6 +153,7 @@ class PhraseScorer:
             "colour_high": float(colours[1]),
             "similarity": [_base64(_as_bytes(similarity, low, high)) for similarity in similarities],
             "verdicts": verdicts,
+            "threshold": self._threshold,
         }
 
 

@@ -12,8 +12,11 @@ from absl import logging
 
 # The same as the field in the page takes.
 LONGEST_PHRASE = 200
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_KEPT_ANSWERS = 256
+_LOOPBACK = ("127.0.0.1", "localhost")
+# What a browser says of a request that the page itself, or a person at the address bar, has made.
+_OWN_REQUESTS = (None, "same-origin", "none")
+_KEPT_ANSWERS = 32
+_SECONDS_FOR_A_REQUEST = 60
 
 
 def is_loopback(host: str) -> bool:
@@ -44,13 +47,17 @@ def make_server(
         return json.dumps(scorer(text), allow_nan=False).encode()
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = _SECONDS_FOR_A_REQUEST
+
         def do_GET(self) -> None:
-            if is_loopback(host) and (self.headers.get("Host") or "").rsplit(":", 1)[0].strip("[]") not in _LOOPBACK:
+            if is_loopback(host) and (self.headers.get("Host") or "").rsplit(":", 1)[0] not in _LOOPBACK:
                 self._reply(403, "text/plain", b"this server answers to localhost only")
                 return
             url = urllib.parse.urlsplit(self.path)
             if url.path == "/":
                 self._reply(200, "text/html", document)
+            elif url.path == "/similarity" and self.headers.get("Sec-Fetch-Site") not in _OWN_REQUESTS:
+                self._reply(403, "text/plain", b"only the page itself may ask")
             elif url.path == "/similarity":
                 self._answer(urllib.parse.parse_qs(url.query).get("text", [""])[0])
             else:

@@ -36,11 +36,11 @@ def write_array(folder, values, written, codecs=None):
 
 @pytest.fixture(scope="module", params=["int8", "float16", "float16 without columns"])
 def plain_and_zarr(request, tmp_path_factory):
-    """Rows 8 to 12 and 20 to 24, whole chunks, were never written."""
+    """A Zarr array of three files, the last one not full, and the direct reader of them."""
     folder = tmp_path_factory.mktemp("array")
     kind, _, flat = request.param.partition(" ")
     values = np.random.default_rng(0).integers(-100, 100, (ROWS,) if flat else (ROWS, 3)).astype(kind)
-    array = write_array(folder, values, [(0, 8), (12, 20), (24, ROWS)])
+    array = write_array(folder, values, [(0, ROWS)])
     plain = PlainShards.of(epath.Path(folder))
     assert plain is not None
     return plain, array
@@ -56,6 +56,16 @@ def test_any_rows_are_those_that_zarr_reads(plain_and_zarr, ranges):
     filled = sum(len(part) for part in expected)
     np.testing.assert_array_equal(rows[:filled], np.concatenate([rows[:0], *expected]))
     assert np.all(rows[filled:] == 77)
+
+
+def test_a_chunk_that_was_never_written_is_named(tmp_path):
+    values = np.ones((ROWS, 3), np.int8)
+    write_array(tmp_path, values, [(0, 8), (12, ROWS)])
+    plain, rows = PlainShards.of(epath.Path(tmp_path)), np.zeros((ROWS, 3), np.int8)
+    plain.read_into([(0, 8), (12, 24)], rows)
+    assert np.all(rows[:20] == 1)
+    with pytest.raises(ValueError, match=r"c/0/0: chunk 2 was never written"):
+        plain.read_into([(7, 13)], rows)
 
 
 def _change(path: tuple, value: object) -> Callable[[dict], None]:

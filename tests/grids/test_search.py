@@ -70,9 +70,27 @@ def test_damage_stops_a_search(make_store, vectors):
         grids = FeatureGrids.open(path)
         with pytest.raises(GridStoreError, match=rf"features, rows .* cannot be read.*c/1/0: .*{words}"):
             best_similarities(grids.store, grids.offsets, grids.counts, vectors, vectors[:0])
-    file.unlink()
-    with pytest.raises(GridStoreError, match=r"features, rows .* No such file"):
-        best_similarities(grids.store, grids.offsets, grids.counts, vectors, vectors[:0])
+    file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("directly", [True, False])
+@pytest.mark.parametrize("name", ["features/c/1/0", "feature_scale/c/1", "feature_norm/c/1", "coordinates/c/1/0"])
+def test_a_lost_file_stops_whoever_reads_it(make_store, vectors, name, directly):
+    path, _ = make_store("int8")
+    (path / name).unlink()
+    grids = FeatureGrids.open(path)
+    if not directly:
+        grids.store._plain_shards.clear()
+    number = 8 + int(np.flatnonzero(grids.counts[8:])[0])
+    nothing = vectors[:0]
+
+    def read():
+        if name.startswith("coordinates"):
+            return grids[number]
+        return best_similarities(grids.store, grids.offsets, grids.counts, vectors, nothing)
+
+    with pytest.raises(GridStoreError, match=rf"{name.split('/')[0]}, rows .* cannot be read"):
+        read()
 
 
 def test_hits_are_ranked_and_placed(make_store, vectors, monkeypatch):
@@ -80,7 +98,7 @@ def test_hits_are_ranked_and_placed(make_store, vectors, monkeypatch):
     grids = FeatureGrids.open(path)
     words = {"a thing": vectors[0], "another": vectors[1], "background": vectors[2]}
     monkeypatch.setattr(
-        "pop3d_jax.grids.feature_grids.embed_phrases", lambda _, texts: np.stack([words[t] for t in texts])
+        "pop3d_jax.grids.feature_grids.embed_phrases", lambda _, texts, **kept: np.stack([words[t] for t in texts])
     )
     monkeypatch.setattr(FeatureGrids, "clip", None)
     hits = grids.search(["a thing", "another"], top=4, background=["background", "another"])

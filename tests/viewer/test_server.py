@@ -54,6 +54,8 @@ def test_a_phrase_too_long_or_empty(connection, asked, text):
 def test_other_names_and_other_paths_are_refused(connection, asked):
     assert get(connection, "/similarity?text=car", Host="evil.example:80")[0] == 403
     assert get(connection, "/", Host="127.0.0.1.evil.example")[0] == 403
+    foreign = {"Sec-Fetch-Site": "cross-site"}
+    assert get(connection, "/similarity?text=car", **foreign) == (403, "only the page itself may ask")
     assert get(connection, "/../etc/passwd")[0] == 404
     assert get(connection, "/", Host="localhost:1")[0] == 200
     connection.request("POST", "/similarity", body="text=car")

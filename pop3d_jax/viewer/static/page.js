@@ -93,10 +93,16 @@ function showAnswer(current, hits) {
     return;
   }
   const verdict = state.phrase.verdicts[state.number];
-  const lead = verdict.margin === null ? "" : ` (${verdict.margin >= 0 ? "+" : ""}${verdict.margin.toFixed(3)})`;
-  let text = `“${state.phrase.text}” fits some voxel better than any background phrase${lead}: it seems to be there.`;
-  if (verdict.margin === null) text = `“${state.phrase.text}”: no background phrase to compare with.`;
-  else if (!verdict.present) text = `Perhaps there is no “${state.phrase.text}” here: “${verdict.rival}” fits better${lead}.`;
+  const words = `“${state.phrase.text}”`;
+  let text = `${words}: no background phrase to compare with.`;
+  if (verdict.margin !== null) {
+    // The lead over the nearest background phrase, where it is largest; the threshold decides, 0 unless it was given.
+    const lead = `${verdict.margin >= 0 ? "+" : ""}${verdict.margin.toFixed(3)}`;
+    const limit = state.phrase.threshold ? `, threshold ${state.phrase.threshold}` : "";
+    text = verdict.present
+      ? `${words} seems to be here: its best lead over the background phrases is ${lead}${limit}.`
+      : `Perhaps there is no ${words} here: its best lead over “${verdict.rival}” is ${lead}${limit}.`;
+  }
   if (!current.count) text = "There is no voxel in this key frame.";
   const list = element("ol", "", "hits");
   for (const voxel of hits.slice(0, HITS_LISTED)) {
@@ -269,7 +275,6 @@ at("ask").hidden = !data.phrases.length && !data.live;
 for (const option of at("mode").options) option.disabled = option.value === "similarity" && !data.phrases.length;
 listPhrases();
 setTheme(window.matchMedia("(prefers-color-scheme: dark)").matches);
-view.showLidar(false);
 showFrame(state.number);
 // For the console and for tests: what is shown.
 window.sceneView = { data, state, view, select, showFrame };

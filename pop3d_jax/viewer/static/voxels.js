@@ -49,6 +49,8 @@ export class VoxelView {
     this.marker.visible = false;
     this.scene.add(this.marker);
     this.raycaster = new Raycaster();
+    this.voxelsVisible = true;
+    this.lidarVisible = false;
     this.pending = false;
     new ResizeObserver(() => this.resize()).observe(canvas.parentElement);
     this.resize();
@@ -88,8 +90,12 @@ export class VoxelView {
     for (const old of [this.voxels, this.lidar]) {
       if (!old) continue;
       this.scene.remove(old);
-      if (old.isInstancedMesh) old.dispose();
-      else old.geometry.dispose();
+      if (old.isInstancedMesh) {
+        old.dispose();
+      } else {
+        old.geometry.dispose();
+        old.material.dispose();
+      }
     }
     this.frame = frame;
     this.voxels = new InstancedMesh(this.box, this.material, frame.count);
@@ -98,6 +104,7 @@ export class VoxelView {
       place.setPosition(frame.centres[3 * i], frame.centres[3 * i + 1], frame.centres[3 * i + 2]);
       this.voxels.setMatrixAt(i, place);
     }
+    this.voxels.visible = this.voxelsVisible;
     this.scene.add(this.voxels);
     const points = new BufferGeometry();
     points.setAttribute("position", new BufferAttribute(frame.lidar, 3));
@@ -125,6 +132,7 @@ export class VoxelView {
   }
 
   showVoxels(visible) {
+    this.voxelsVisible = visible;
     this.voxels.visible = visible;
     this.requestRender();
   }
