@@ -1,4 +1,4 @@
-"""Trains POP-3D: python -m pop3d_jax.train --config configs/demo.py --workdir WORKDIR
+"""Trains POP-3D or ScaLR: python -m pop3d_jax.train --config configs/demo.py --workdir WORKDIR
 
 Any field of the configuration can be given on the command line: --config.optim.learning_rate=1e-4
 The same command resumes a run that was stopped: it goes on from the newest checkpoint with the numbers that an
@@ -22,18 +22,11 @@ from ml_collections import config_flags
 from pop3d_jax import workdir as workdirs
 from pop3d_jax.checkpoint import CheckpointError, Checkpoints
 from pop3d_jax.commands import run, stop_with_message
-from pop3d_jax.data.pipeline import ExampleSettings, evaluation_batches, training_batches
-from pop3d_jax.data.records import RecordError, RecordSource
-from pop3d_jax.data.teacher_cache import TeacherCache
-from pop3d_jax.evaluator import Evaluator, headline
-from pop3d_jax.experiment import build_student, example_settings
+from pop3d_jax.data.records import RecordError
 from pop3d_jax.hosts import STOPPED_STATUS, StopRequest, join_hosts
-from pop3d_jax.optim import cosine_with_warmup
-from pop3d_jax.program import number_of_steps, training_program
 from pop3d_jax.progress import progress
-from pop3d_jax.sharding import make_mesh, replicated, shard_batch
-from pop3d_jax.step import initial_state
-from pop3d_jax.teacher import Teacher, load_teacher, teacher_fingerprint
+from pop3d_jax.sharding import make_mesh, shard_batch
+from pop3d_jax.tasks import load_task
 from pop3d_jax.torch_files import WeightFileError
 
 
@@ -72,34 +65,17 @@ def train(
     """
     workdir = epath.Path(workdir)
 
-    # ------------------------------------------------------------------------------------------ data
+    # ------------------------------------------------------------------------------ data, teacher, step
     mesh = make_mesh(config.mesh.data, config.mesh.camera)
-    source = RecordSource(config.data.records, config.data.train_split)
-    total_steps = number_of_steps(config, len(source))
-    last_step = min(total_steps, stop_after or total_steps)
-    settings: ExampleSettings = example_settings(config, training=True)
+    task = load_task(config, workdir, mesh)
+    last_step = min(task.total_steps, stop_after or task.total_steps)
     logging.info(
         "%d key frames, batch %d, %d steps (%.1f epochs), mesh %s",
-        len(source),
+        task.key_frames,
         config.batch_size,
-        total_steps,
-        total_steps * config.batch_size / len(source),
+        task.total_steps,
+        task.total_steps * config.batch_size / task.key_frames,
         dict(mesh.shape),
-    )
-
-    # ------------------------------------------------------------------------------ teacher, program
-    teacher = load_teacher(config.teacher)
-    cache = _teacher_cache(config, teacher, source)
-    # With a cache the teacher only names the text space; its arrays stay off the devices.
-    teacher_parameters = {} if cache else jax.device_put(teacher.parameters, replicated(mesh))
-    program = training_program(config, teacher, total_steps, mesh)
-    student = program.student
-    schedule = cosine_with_warmup(
-        config.optim.learning_rate,
-        total_steps=total_steps,
-        warmup_steps=config.optim.warmup_steps,
-        warmup_start=config.optim.warmup_start,
-        final=config.optim.final_learning_rate,
     )
 
     # ----------------------------------------------------------------------------------------- state
@@ -108,48 +84,31 @@ def train(
     first_step = checkpoints.latest_step()
     if first_step is not None:
         logging.info("resuming from the checkpoint of step %d", first_step)
-        state = checkpoints.restore(program.abstract_state, program.shardings)
+        state = checkpoints.restore(task.abstract_state, task.shardings)
     else:
         first_step = 0
-        parameters, statistics = jax.device_get(build_student(config, source, settings))
-        state = jax.device_put(initial_state(parameters, statistics, program.optimizer), program.shardings)
+        state = task.make_state()
     count = sum(leaf.size for leaf in jax.tree.leaves(state["parameters"]))
     logging.info("%.2f million parameters", count / 1e6)
-    workdirs.write_manifest(
-        workdir,
-        seed=config.seed,
-        data={config.data.train_split: source.fingerprint},
-        step=first_step,
-    )
+    workdirs.write_manifest(workdir, seed=config.seed, data=dict(task.fingerprints), step=first_step)
 
     # ------------------------------------------------------------------------------------- the input
-    evaluator = None
-    batches = training_batches(
-        source,
-        settings,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=first_step,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-        workers=config.data.workers,
-        cache=cache,
-    )
+    batches = task.batches(first_step)
     writer = workdirs.MetricWriter(workdir, first_step)
     # Metrics are read one step late, so that the device never waits for the host.
     pending: collections.deque = collections.deque()
     logged: dict[str, float] = {}
-    left_out = 0
+    left_out = dict.fromkeys(task.capacities, 0)
 
     def check_finite() -> dict[str, float]:
-        step, metrics, indices = pending.popleft()
+        step, metrics, names = pending.popleft()
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not math.isfinite(values["total"]) or not math.isfinite(values["gradient_norm"]):
-            tokens = [source.sample_tokens[index] for index in indices]
             checkpoints.wait()
             good = checkpoints.latest_step()
             raise NonFiniteLossError(
-                f"the loss of step {step} is not finite: {values}\n  sample tokens of the batch: {tokens}\n"
+                f"the loss of step {step} is not finite: {values}\n"
+                f"  sample tokens of the batch: {list(task.sample_tokens(names))}\n"
                 f"  last good checkpoint: {'none' if good is None else f'{checkpoints.directory}/{good}'}\n"
                 "Lower --config.optim.learning_rate or look at these samples, then start the command again."
             )
@@ -161,12 +120,13 @@ def train(
         if step in profile_steps and step == max(profile_steps.start, first_step):
             jax.profiler.start_trace(str(workdir / "profile"))
         batch = next(batches)
-        indices = batch.pop("record_index")
-        left_out += int(batch.pop("points_left_out").sum() + batch.pop("feature_points_left_out").sum())
+        names = {name: batch.pop(name) for name in task.host_arrays}
+        for name in task.capacities:
+            left_out[name] += int(batch.pop(name).sum())
         device_batch = shard_batch(batch, mesh)
         with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
-            state, metrics = program.step(state, device_batch, teacher_parameters)
-        pending.append((step, metrics, indices))
+            state, metrics = task.step(state, device_batch, task.constants)
+        pending.append((step, metrics, names))
         if len(pending) > 1:
             check_finite()
         done = step + 1
@@ -181,34 +141,17 @@ def train(
             seconds = (time.monotonic() - clock) / (done - clock_step)
             clock, clock_step = time.monotonic(), done
             values = {f"train/{name}": value for name, value in logged.items()} | {
-                "train/learning_rate": float(schedule(step)),
+                "train/learning_rate": float(task.learning_rate(step)),
                 "train/seconds_per_step": seconds,
-                "train/points_left_out": left_out,
+                "train/points_left_out": sum(left_out.values()),
             }
             writer.write(done, values)
+            terms = ", ".join(f"{name.replace('_', ' ')} {logged[name]:.4g}" for name in task.terms)
             logging.info(
-                "step %d: loss %.4f (cross entropy %.4f, lovasz %.4f, feature %.5f), %.2f s a step",
-                done,
-                *(logged[name] for name in ("total", "cross_entropy", "lovasz", "feature")),
-                seconds,
+                "step %d: loss %.4f%s, %.2f s a step", done, logged["total"], f" ({terms})" if terms else "", seconds
             )
-        if config.eval_every and (done % config.eval_every == 0 or done == last_step):
-            evaluator = evaluator or Evaluator(student, teacher.clip, mesh)
-            eval_source = RecordSource(config.data.records, config.data.eval_split)
-            results = evaluator.run(
-                state["parameters"],
-                state["statistics"],
-                evaluation_batches(
-                    eval_source,
-                    example_settings(config, training=False),
-                    batch_size=config.eval_batch_size,
-                    host=jax.process_index(),
-                    hosts=jax.process_count(),
-                    workers=config.data.workers,
-                ),
-                -(-len(eval_source) // config.eval_batch_size),
-            )
-            scores = headline(results)
+        if task.evaluate and config.eval_every and (done % config.eval_every == 0 or done == last_step):
+            scores = task.evaluate(state)
             writer.write(done, {f"eval/{name}": value for name, value in scores.items()})
             logging.info("step %d: %s", done, ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             clock, clock_step = time.monotonic(), done
@@ -226,36 +169,16 @@ def train(
     # ------------------------------------------------------------------------------------------- end
     checkpoints.close()
     writer.close()
-    if left_out:
-        logging.warning(
-            "%d points did not fit into the capacities and were left out: raise config.data.max_points or "
-            "config.data.max_feature_points",
-            left_out,
-        )
+    for name, count in left_out.items():
+        if count:
+            logging.warning(
+                "%d points did not fit into the capacity and were left out (%s): raise %s",
+                count,
+                name,
+                task.capacities[name],
+            )
     logging.info("checkpoint: %s/%d", checkpoints.directory, last_step)
     return logged
-
-
-def _teacher_cache(config: ml_collections.ConfigDict, teacher: Teacher, source: RecordSource) -> TeacherCache | None:
-    """The features that the configuration names, checked to be this teacher's; None where it runs in the step."""
-    if not config.teacher.cache:
-        return None
-    cache = TeacherCache(config.teacher.cache, config.data.train_split, source.fingerprint)
-    same_settings = all(
-        cache.index.teacher[name] == value
-        for name, value in (
-            ("name", config.teacher.name),
-            ("variant", config.teacher.variant),
-            ("image_hw", list(config.data.teacher_image_hw)),
-        )
-    )
-    if not same_settings or cache.index.teacher_fingerprint != teacher_fingerprint(teacher):
-        raise ValueError(
-            f"the features in {config.teacher.cache} are of another teacher ({cache.index.teacher}) than "
-            f"{config.teacher.path}, variant {config.teacher.variant}, at {config.data.teacher_image_hw}: make "
-            "them again with data_prep.teacher_features, into another folder"
-        )
-    return cache
 
 
 def _define_flags() -> None:

@@ -1,0 +1,127 @@
+"""POP-3D as a task: six images and a sweep in, occupancy and the teacher's features out."""
+
+import jax
+import ml_collections
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+
+from pop3d_jax.data.pipeline import evaluation_batches, training_batches
+from pop3d_jax.data.records import RecordSource
+from pop3d_jax.data.teacher_cache import TeacherCache
+from pop3d_jax.evaluator import Evaluator, headline
+from pop3d_jax.experiment import build_student, example_settings
+from pop3d_jax.optim import cosine_with_warmup
+from pop3d_jax.program import number_of_steps, training_program
+from pop3d_jax.sharding import replicated
+from pop3d_jax.step import State, initial_state
+from pop3d_jax.tasks.task import Task
+from pop3d_jax.teacher import Teacher, load_teacher, teacher_fingerprint
+
+
+def occupancy_task(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh) -> Task:
+    """Loads the teacher and prepares the step.
+
+    Args:
+      config: an experiment such as configs/pop3d_nuscenes.py.
+      workdir: of the run; keeps text vectors.
+      mesh: devices.
+
+    Raises:
+      RecordError, WeightFileError, FileNotFoundError, ValueError: see the messages.
+    """
+    source = RecordSource(config.data.records, config.data.train_split)
+    settings = example_settings(config, training=True)
+    total_steps = number_of_steps(config, len(source))
+    teacher = load_teacher(config.teacher)
+    cache = _teacher_cache(config, teacher, source)
+    program = training_program(config, teacher, total_steps, mesh)
+
+    def make_state() -> State:
+        parameters, statistics = jax.device_get(build_student(config, source, settings))
+        return jax.device_put(initial_state(parameters, statistics, program.optimizer), program.shardings)
+
+    def batches(first_step: int):
+        return training_batches(
+            source,
+            settings,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=first_step,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            workers=config.data.workers,
+            cache=cache,
+        )
+
+    evaluator: list[Evaluator] = []
+
+    def evaluate(state: State) -> dict[str, float]:
+        if not evaluator:  # made at the first use: it embeds the classes' prompts
+            evaluator.append(Evaluator(program.student, teacher.clip, mesh))
+        held_out = RecordSource(config.data.records, config.data.eval_split)
+        results = evaluator[0].run(
+            state["parameters"],
+            state["statistics"],
+            evaluation_batches(
+                held_out,
+                example_settings(config, training=False),
+                batch_size=config.eval_batch_size,
+                host=jax.process_index(),
+                hosts=jax.process_count(),
+                workers=config.data.workers,
+            ),
+            -(-len(held_out) // config.eval_batch_size),
+        )
+        return headline(results)
+
+    return Task(
+        key_frames=len(source),
+        total_steps=total_steps,
+        fingerprints={config.data.train_split: source.fingerprint},
+        step=program.step,
+        # With a cache the teacher only names the text space; its arrays stay off the devices.
+        constants={} if cache else jax.device_put(teacher.parameters, replicated(mesh)),
+        abstract_state=program.abstract_state,
+        shardings=program.shardings,
+        make_state=make_state,
+        batches=batches,
+        host_arrays=("record_index",),
+        sample_tokens=lambda arrays: [source.sample_tokens[index] for index in arrays["record_index"]],
+        capacities={
+            "points_left_out": "config.data.max_points",
+            "feature_points_left_out": "config.data.max_feature_points",
+        },
+        learning_rate=cosine_with_warmup(
+            config.optim.learning_rate,
+            total_steps=total_steps,
+            warmup_steps=config.optim.warmup_steps,
+            warmup_start=config.optim.warmup_start,
+            final=config.optim.final_learning_rate,
+        ),
+        terms=("cross_entropy", "lovasz", "feature"),
+        evaluate=evaluate,
+    )
+
+
+def _teacher_cache(config: ml_collections.ConfigDict, teacher: Teacher, source: RecordSource) -> TeacherCache | None:
+    """The features that the configuration names, checked to be this teacher's; None where it runs in the step."""
+    if not config.teacher.cache:
+        return None
+    cache = TeacherCache(config.teacher.cache, config.data.train_split, source.fingerprint)
+    same_settings = all(
+        cache.index.teacher[name] == value
+        for name, value in (
+            ("name", config.teacher.name),
+            ("variant", config.teacher.variant),
+            ("image_hw", list(config.data.teacher_image_hw)),
+        )
+    )
+    if not same_settings or cache.index.teacher_fingerprint != teacher_fingerprint(teacher):
+        raise ValueError(
+            f"the features in {config.teacher.cache} are of another teacher ({cache.index.teacher}) than "
+            f"{config.teacher.path}, variant {config.teacher.variant}, at {config.data.teacher_image_hw}: make "
+            "them again with data_prep.teacher_features, into another folder"
+        )
+    logging.info("the teacher's features are those of %s", config.teacher.cache)
+    return cache
