@@ -13,7 +13,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from pop3d_jax.experiment import Student, make_student
+from pop3d_jax.experiment import make_student
 from pop3d_jax.optim import make_optimizer, parameter_groups
 from pop3d_jax.sharding import check_batch, replicated, state_shardings
 from pop3d_jax.step import initial_state, make_train_step
@@ -25,7 +25,7 @@ class TrainingProgram:
     """A training step on a mesh.
 
     Attributes:
-      student: structure of the network.
+      student: structure of the network, a `Student` or, of ScaLR, a `LidarStudent`.
       optimizer: what makes updates of gradients.
       abstract_state: shapes of the training state.
       shardings: where the state's arrays live, a tree like the state.
@@ -33,7 +33,7 @@ class TrainingProgram:
         lowered, inside `jax.set_mesh(mesh)`.
     """
 
-    student: Student
+    student: Any
     optimizer: optax.GradientTransformation
     abstract_state: dict[str, Any]
     shardings: dict[str, Any]

@@ -34,6 +34,31 @@ def initial_state(parameters: ArrayTree, statistics: ArrayTree, optimizer: optax
     }
 
 
+def updated_state(
+    state: State, gradients: ArrayTree, statistics: ArrayTree, optimizer: optax.GradientTransformation, groups: Any
+) -> tuple[State, Metrics]:
+    """The state after one update, and the norms that every system logs.
+
+    Args:
+      state: before the step.
+      gradients: of its parameters.
+      statistics: after the step; those of the state where nothing updates them.
+      optimizer, groups: from `make_optimizer`, `parameter_groups`; the norm leaves out what is frozen.
+    """
+    updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
+    parameters = optax.apply_updates(state["parameters"], updates)
+    new_state = {
+        "parameters": parameters,
+        "statistics": statistics,
+        "optimizer": optimizer_state,
+        "step": state["step"] + 1,
+    }
+    return new_state, {
+        "gradient_norm": trainable_norm(gradients, groups),
+        "parameter_norm": optax.tree.norm(parameters),
+    }
+
+
 def make_loss(graph: nnx.GraphDef, volume: Volume, weights: dict[str, Any]) -> Callable[..., tuple[jax.Array, Metrics]]:
     """The loss of one batch.
 
@@ -146,18 +171,7 @@ def make_train_step(
             targets,
             dropout_key if use_dropout else None,
         )
-        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
-        parameters = optax.apply_updates(state["parameters"], updates)
-        metrics = terms | {
-            "gradient_norm": trainable_norm(gradients, groups),
-            "parameter_norm": optax.tree.norm(parameters),
-        }
-        new_state = {
-            "parameters": parameters,
-            "statistics": state["statistics"],
-            "optimizer": optimizer_state,
-            "step": state["step"] + 1,
-        }
-        return new_state, metrics
+        new_state, norms = updated_state(state, gradients, state["statistics"], optimizer, groups)
+        return new_state, terms | norms
 
     return train_step

@@ -1,0 +1,144 @@
+"""ScaLR as two tasks: distillation of an image teacher into a lidar backbone, and segmentation with labels."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+
+from pop3d_jax.data.lidar_examples import make_distillation_example, make_segmentation_example
+from pop3d_jax.data.lidar_pipeline import LidarSource, MakeExample, mixture_shares, training_batches
+from pop3d_jax.lidar_experiment import build_lidar_student, lidar_settings, lidar_sources
+from pop3d_jax.lidar_program import distillation_program, segmentation_program
+from pop3d_jax.program import TrainingProgram, number_of_steps
+from pop3d_jax.schedules import make_schedule
+from pop3d_jax.segmentation_evaluator import SegmentationEvaluator
+from pop3d_jax.sharding import replicated
+from pop3d_jax.step import State, initial_state
+from pop3d_jax.tasks.task import Task
+from pop3d_jax.teacher import load_teacher
+
+
+def distillation_task(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh) -> Task:
+    """The backbone learns what a frozen image model says of the pixels that its points fall on.
+
+    Raises:
+      RecordError, WeightFileError, FileNotFoundError, ValueError: see the messages.
+    """
+    del workdir
+    sources = _sources(config)
+    config = _with_warmup_steps(config, sources)
+    total_steps = number_of_steps(config, sum(map(len, sources)))
+    teacher = load_teacher(config.teacher)
+    program = distillation_program(config, teacher, total_steps, mesh)
+    constants = jax.device_put(teacher.parameters, replicated(mesh))
+    return _task(config, sources, total_steps, program, constants, make_distillation_example, terms=("paired_points",))
+
+
+def segmentation_task(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh) -> Task:
+    """A head, or the whole network, learns the labels of points.
+
+    Raises:
+      RecordError, CheckpointError, WorkdirError, WeightFileError, ValueError: see the messages.
+    """
+    del workdir
+    sources = _sources(config)
+    config = _with_warmup_steps(config, sources)
+    total_steps = number_of_steps(config, sum(map(len, sources)))
+    program = segmentation_program(config, total_steps, mesh)
+    evaluators: list[SegmentationEvaluator] = []
+
+    def evaluate(state: State) -> dict[str, float]:
+        if not evaluators:
+            evaluators.extend(SegmentationEvaluator(program.student, config, mesh, name) for name in config.datasets)
+        scores = {}
+        for evaluator in evaluators:
+            result = evaluator.run(state["parameters"], state["statistics"]).scores
+            scores[f"{evaluator.name}/miou"] = 100.0 * result.mean_iou
+            scores[f"{evaluator.name}/accuracy"] = 100.0 * result.accuracy
+        return scores
+
+    return _task(
+        config,
+        sources,
+        total_steps,
+        program,
+        {},
+        make_segmentation_example,
+        terms=("cross_entropy", "lovasz"),
+        evaluate=evaluate,
+    )
+
+
+def _sources(config: ml_collections.ConfigDict) -> list[LidarSource]:
+    sources = lidar_sources(config)
+    for source, share in zip(sources, mixture_shares(sources), strict=True):
+        logging.info("%s: %d key frames, %.1f %% of the examples", source.dataset.name, len(source), 100 * share)
+    return sources
+
+
+def _with_warmup_steps(config: ml_collections.ConfigDict, sources: list[LidarSource]) -> ml_collections.ConfigDict:
+    """The configuration with `optim.warmup_epochs`, where it has them, as steps."""
+    if not config.optim.get("warmup_epochs", 0.0):
+        return config
+    config = config.copy_and_resolve_references()
+    steps_per_epoch = max(sum(map(len, sources)) // config.batch_size, 1)
+    config.optim.warmup_steps = round(config.optim.warmup_epochs * steps_per_epoch)
+    return config
+
+
+def _task(
+    config: ml_collections.ConfigDict,
+    sources: list[LidarSource],
+    total_steps: int,
+    program: TrainingProgram,
+    constants: Any,
+    make_example: MakeExample,
+    *,
+    terms: tuple[str, ...],
+    evaluate: Callable[[State], dict[str, float]] | None = None,
+) -> Task:
+    def make_state() -> State:
+        parameters, statistics = jax.device_get(build_lidar_student(config))
+        return jax.device_put(initial_state(parameters, statistics, program.optimizer), program.shardings)
+
+    def batches(first_step: int) -> Iterator[dict[str, np.ndarray]]:
+        return training_batches(
+            sources,
+            make_example,
+            lidar_settings(config, training=True),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=first_step,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            workers=config.data.workers,
+        )
+
+    def sample_tokens(arrays: Mapping[str, np.ndarray]) -> list[str]:
+        return [
+            f"{sources[number].dataset.name}:{sources[number].key_frames.sample_tokens[index]}"
+            for number, index in zip(arrays["dataset_index"], arrays["record_index"], strict=True)
+        ]
+
+    return Task(
+        key_frames=sum(map(len, sources)),
+        total_steps=total_steps,
+        fingerprints={source.dataset.name: source.key_frames.fingerprint for source in sources},
+        step=program.step,
+        constants=constants,
+        abstract_state=program.abstract_state,
+        shardings=program.shardings,
+        make_state=make_state,
+        batches=batches,
+        host_arrays=("record_index", "dataset_index"),
+        sample_tokens=sample_tokens,
+        capacities={"points_left_out": "config.points.capacity"},
+        learning_rate=make_schedule(config.optim, config.optim.learning_rate, total_steps),
+        terms=terms,
+        evaluate=evaluate,
+    )
