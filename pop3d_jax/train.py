@@ -28,9 +28,9 @@ from pop3d_jax.data.teacher_cache import TeacherCache
 from pop3d_jax.evaluator import Evaluator, headline
 from pop3d_jax.experiment import build_student, example_settings
 from pop3d_jax.hosts import STOPPED_STATUS, StopRequest, join_hosts
-from pop3d_jax.optim import cosine_with_warmup
 from pop3d_jax.program import number_of_steps, training_program
 from pop3d_jax.progress import progress
+from pop3d_jax.schedules import make_schedule
 from pop3d_jax.sharding import make_mesh, replicated, shard_batch
 from pop3d_jax.step import initial_state
 from pop3d_jax.teacher import Teacher, load_teacher, teacher_fingerprint
@@ -94,13 +94,7 @@ def train(
     teacher_parameters = {} if cache else jax.device_put(teacher.parameters, replicated(mesh))
     program = training_program(config, teacher, total_steps, mesh)
     student = program.student
-    schedule = cosine_with_warmup(
-        config.optim.learning_rate,
-        total_steps=total_steps,
-        warmup_steps=config.optim.warmup_steps,
-        warmup_start=config.optim.warmup_start,
-        final=config.optim.final_learning_rate,
-    )
+    schedule = make_schedule(config.optim, config.optim.learning_rate, total_steps)
 
     # ----------------------------------------------------------------------------------------- state
     workdirs.prepare(workdir, config)
