@@ -21,7 +21,7 @@ _FOG_BACKSCATTER = (0.008, 0.05, 0.2)
 _FOG_ATTENUATIONS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.06)
 # Wet ground: height of the water in metres, noise floor.
 _WET_GROUND = ((0.0002, 0.2), (0.001, 0.3), (0.0012, 0.7))
-# Snow: mm of water per hour, terminal velocity in m/s.
+# Snow: mm of water per hour, terminal velocity in m/s. Heavier snow has fewer flakes, and larger ones.
 _SNOW = ((0.5, 2.0), (1.0, 1.6), (2.5, 1.6))
 # Motion blur: deviation of the sweep's shift, metres.
 _BLUR = (0.20, 0.25, 0.30)

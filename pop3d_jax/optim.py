@@ -71,7 +71,7 @@ def waffleiron_layer(path: tuple[str, ...], depth: int) -> int:
     """Layer of a parameter of WaffleIron, for layer-wise rates (official `finetune.py`, `get_layer_id`).
 
     Args:
-      path: names from the model down to the parameter, as the official modules are called.
+      path: names from the model down to the parameter, ours or those of the official modules.
       depth: blocks of the backbone.
 
     Returns:
@@ -80,12 +80,12 @@ def waffleiron_layer(path: tuple[str, ...], depth: int) -> int:
     Raises:
       ValueError: the path belongs to none of them.
     """
-    if path[0] == "embed":
+    if path[0] in ("embedding", "embed"):
         return 0
-    if path[0] == "classif":
+    if path[0] in ("head", "classif"):
         return depth + 1
-    for mix, block in itertools.pairwise(path):
-        if mix in ("spatial_mix", "channel_mix") and block.isdigit() and int(block) < depth:
+    for name, block in itertools.pairwise(path):
+        if name in ("blocks", "spatial_mix", "channel_mix") and block.isdigit() and int(block) < depth:
             return int(block) + 1
     raise ValueError(f"parameter {'.'.join(path)} belongs to no layer of a WaffleIron of depth {depth}")
 

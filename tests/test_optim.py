@@ -136,12 +136,8 @@ def scalr_config(**changes):
 
 def waffleiron_parameters():
     rng = np.random.default_rng(0)
-    block = {"norm": {"weight": 0}, "scale": {"weight": 0}}
-    tree = {
-        "embed": {"conv1": {"bias": 0}},
-        "waffleiron": {mix: {0: block, 1: block} for mix in ("channel_mix", "spatial_mix")},
-        "classif": {"weight": 0},
-    }
+    block = {mix: {"norm": {"bias": 0}, "scale": 0} for mix in ("channel_mix", "spatial_mix")}
+    tree = {"embedding": {"norm": {"bias": 0}}, "blocks": {0: block, 1: block}, "head": {"kernel": 0}}
     return jax.tree.map(lambda _: jnp.asarray(rng.normal(size=3), jnp.float32), tree)
 
 
@@ -151,13 +147,14 @@ def layer_of(path):
 
 def test_layers_of_a_waffleiron_by_path():
     tree = optim.layer_scales(waffleiron_parameters(), 0.5, layer_of, last_layer=3)
-    assert tree["embed"]["conv1"]["bias"] == 0.125
-    for mix in ("channel_mix", "spatial_mix"):
-        assert jax.tree.leaves(tree["waffleiron"][mix][0]) == [0.25, 0.25]
-        assert jax.tree.leaves(tree["waffleiron"][mix][1]) == [0.5, 0.5]
-    assert tree["classif"]["weight"] == 1.0
-    with pytest.raises(ValueError, match=r"parameter waffleiron\.spatial_mix\.2\.bias belongs to no layer .* depth 2"):
-        layer_of(("waffleiron", "spatial_mix", "2", "bias"))
+    assert tree["embedding"]["norm"]["bias"] == 0.125
+    assert set(jax.tree.leaves(tree["blocks"][0])) == {0.25}
+    assert set(jax.tree.leaves(tree["blocks"][1])) == {0.5}
+    assert tree["head"]["kernel"] == 1.0
+    official = ("embed.norm.bias", "waffleiron.spatial_mix.0.norm.bias", "waffleiron.channel_mix.1.scale", "classif.1")
+    assert [layer_of(tuple(name.split("."))) for name in official] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"parameter blocks\.2\.bias belongs to no layer .* depth 2"):
+        layer_of(("blocks", "2", "bias"))
 
 
 def test_finetuning_and_probing_against_torch():
@@ -204,11 +201,11 @@ def test_finetuning_and_probing_against_torch():
     for mine, theirs in zip(jax.tree.leaves(tree), official(lambda name: True, 0.9), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-6)
 
-    head = optim.parameter_groups(start, lambda path: path[0] != "classif")
+    head = optim.parameter_groups(start, lambda path: path[0] != "head")
     tree, state = ours(head)
-    for mine, theirs in zip(jax.tree.leaves(tree), official(lambda name: name[0] == "classif", 1.0), strict=True):
+    for mine, theirs in zip(jax.tree.leaves(tree), official(lambda name: name[0] == "head", 1.0), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-6)
-    assert np.array_equal(tree["embed"]["conv1"]["bias"], start["embed"]["conv1"]["bias"])
+    assert np.array_equal(tree["embedding"]["norm"]["bias"], start["embedding"]["norm"]["bias"])
     assert sum(leaf.shape == (3,) for leaf in jax.tree.leaves(state)) == 2  # two moments of the head, and no others
 
 
