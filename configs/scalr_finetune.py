@@ -6,8 +6,8 @@ on PandarGT. Not measured here.
     python -m pop3d_jax.train --config configs/scalr_finetune.py:nuscenes --config.data.records=RECORDS \\
         --config.initial_weights=WORKDIR_OR_FILE --workdir FINETUNED
 
-With few labels: configs/scalr_finetune.py:nuscenes,1 (percent; also 10). The official lists of those key frames are not
-part of this project: ours are drawn by a rule (pop3d_jax.data.label_subsets), or name a list with --config.label_tokens.
+With few labels: configs/scalr_finetune.py:nuscenes,1 (percent; also 10). The official lists of those key frames are
+not part of this project: ours are drawn by a rule (pop3d_jax.data.label_subsets); --config.label_tokens names a list.
 """
 
 import ml_collections

@@ -175,10 +175,3 @@ def _with_run(
     restored: dict[str, Any] = checkpoints.restore(abstract, place)
     logging.info("the backbone is that of %s, step %d", workdir, checkpoints.latest_step())
     return parameters | restored["parameters"], statistics | restored["statistics"]
-
-
-def layer_of(path: tuple[str, ...], depth: int) -> int:
-    """Layer of a parameter for layer-wise rates: 0 the embedding, d + 1 block d, depth + 1 the head."""
-    if path[0] == "embedding":
-        return 0
-    return int(path[1]) + 1 if path[0] == "blocks" else depth + 1

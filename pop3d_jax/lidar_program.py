@@ -9,9 +9,9 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from pop3d_jax.lidar_experiment import LidarStudent, dataset_named, layer_of, make_lidar_student
+from pop3d_jax.lidar_experiment import LidarStudent, dataset_named, make_lidar_student
 from pop3d_jax.lidar_step import Step, make_distillation_step, make_segmentation_step
-from pop3d_jax.optim import make_optimizer, parameter_groups
+from pop3d_jax.optim import make_optimizer, parameter_groups, waffleiron_layer
 from pop3d_jax.program import TrainingProgram
 from pop3d_jax.sharding import check_batch, replicated, state_shardings
 from pop3d_jax.step import initial_state
@@ -96,7 +96,7 @@ def _program(
     check_batch(config.batch_size, 1, mesh)
     groups = parameter_groups(student.abstract_parameters, is_frozen)
     optimizer = make_optimizer(
-        config.optim, total_steps, groups, functools.partial(layer_of, depth=student.config.depth)
+        config.optim, total_steps, groups, functools.partial(waffleiron_layer, depth=student.config.depth)
     )
     abstract_state = jax.eval_shape(
         lambda: initial_state(student.abstract_parameters, student.abstract_statistics, optimizer)

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, Integer, UInt8
 
+from pop3d_jax.metrics import segmentation_scores
 from pop3d_jax.nuscenes import CLASS_NAMES, EMPTY, UNLABELLED
 
 # The classes of the challenge: 0 is ignored, 1..16 are scored.
@@ -59,11 +60,9 @@ def devkit_scores(confusion: Integer[np.ndarray, "17 17"]) -> LidarsegScores:
     """
     counts: Int[np.ndarray, "17 17"] = confusion.astype(np.int64)
     counts[UNLABELLED] = 0
-    correct, targets, predictions = np.diagonal(counts), counts.sum(1), counts.sum(0)
-    union = targets + predictions - correct
-    scored = union > 0
-    scored[UNLABELLED] = False
-    iou = np.where(scored, correct / np.where(scored, union, 1), np.nan)
+    iou = segmentation_scores(counts).per_class
+    iou[UNLABELLED] = np.nan
+    scored, targets = ~np.isnan(iou), counts.sum(1)
     if not targets.any():
         return LidarsegScores(iou, float("nan"), float("nan"))
     share = targets / targets.sum()

@@ -1,4 +1,4 @@
-"""The losses of POP-3D: cross entropy and Lovász-softmax on voxels, mean squared error on point features.
+"""The losses of POP-3D and ScaLR: cross entropy and Lovász-softmax of classes, errors and distances of features.
 
 Labels that are ignored, and points of padding, are masked, so shapes are static. Where the official functions
 give NaN or an empty tensor because nothing is left to average (all voxels ignored, no valid point), these
@@ -115,6 +115,64 @@ def feature_loss(
     difference = jnp.where(mask[..., None], prediction.astype(jnp.float32) - target.astype(jnp.float32), 0.0)
     count = jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32) * prediction.shape[-1]
     return _divide_or_zero(jnp.sum(difference**2), count)
+
+
+def _unit(features: Float[Array, "*points feature"]) -> Float[Array, "*points feature"]:
+    """Features of length one; zero vectors stay zero, and their gradients stay bounded."""
+    square = jnp.sum(features**2, -1, keepdims=True)
+    return features * jax.lax.rsqrt(jnp.where(square == 0, 1.0, square))
+
+
+def distillation_loss(
+    student: Float[Array, "*points feature"],
+    teacher: Float[Array, "*points feature"],
+    mask: Bool[Array, "*points"],
+) -> Float[Array, ""]:
+    """Mean distance of normalised features (official `utils/distiller.py` of ScaLR): its norm, not its square.
+
+    Unrelated features of many channels are about sqrt(2) apart, opposite ones 2. Where both are equal the gradient is
+    zero, as torch's norm has it.
+
+    Args:
+      student, teacher: features of paired points; lengths have no influence.
+      mask: which pairs there are.
+
+    Returns:
+      The mean over all pairs of the batch together; 0 where there is none. Whatever stands at masked points (NaN too)
+      has no influence.
+    """
+    student, teacher = (
+        _unit(jnp.where(mask[..., None], features.astype(jnp.float32), 0.0)) for features in (student, teacher)
+    )
+    square = jnp.sum((student - teacher) ** 2, -1)
+    # The root's slope at zero is infinite: it must not be reached, not even to be thrown away.
+    equal = square == 0
+    distance = jnp.where(equal, 0.0, jnp.sqrt(jnp.where(equal, 1.0, square)))
+    return _divide_or_zero(jnp.sum(distance), jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32))
+
+
+def segmentation_loss(
+    logits: Float[Array, "*points classes"],
+    labels: Integer[Array, "*points"],
+    *,
+    lovasz_weight: float = 1.0,
+    ignore_label: int = IGNORE,
+) -> dict[str, Float[Array, ""]]:
+    """The objective of ScaLR's probing and fine-tuning (official `SemSegLoss`): cross entropy + Lovász-softmax.
+
+    The batch is one large cloud, as official: the present classes of all its points together.
+
+    Args:
+      logits: unnormalised scores.
+      labels: class of each point, or `ignore_label`, padding included.
+
+    Returns:
+      Unweighted terms `cross_entropy` and `lovasz`, and `total`, their weighted sum. All are 0 without gradient where
+      every point is ignored (official: NaN).
+    """
+    entropy = cross_entropy(logits, labels, None, ignore_label)
+    lovasz = lovasz_softmax(jax.nn.softmax(logits.astype(jnp.float32)), labels, ignore_label)
+    return {"cross_entropy": entropy, "lovasz": lovasz, "total": entropy + lovasz_weight * lovasz}
 
 
 def pop3d_loss(

@@ -103,6 +103,53 @@ def mean_iou(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class SegmentationScores:
+    """Scores of a semantic segmentation, in 0..1.
+
+    Attributes:
+      per_class: IoU; NaN for a class that is neither a target nor predicted, 0 for one that is only predicted.
+      mean_iou: over the classes that are not NaN; NaN where there is none.
+      per_class_accuracy: share of a class's points that are found; NaN where it has none.
+      mean_accuracy: over the classes that are not NaN.
+      accuracy: share of all points; NaN where there is none.
+    """
+
+    per_class: Float[np.ndarray, " classes"]
+    mean_iou: float
+    per_class_accuracy: Float[np.ndarray, " classes"]
+    mean_accuracy: float
+    accuracy: float
+
+
+def segmentation_scores(
+    confusion: Integer[np.ndarray, "classes classes"] | Integer[Array, "classes classes"],
+) -> SegmentationScores:
+    """Scores from counts; rows are targets, columns predictions (official `utils/metrics.py` of ScaLR).
+
+    Args:
+      confusion: summed over the whole evaluation: the mean over clouds of their IoU is another number.
+    """
+    counts = np.asarray(confusion).astype(np.int64)
+    correct, targets, predictions = np.diagonal(counts), counts.sum(1), counts.sum(0)
+
+    def quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+        return np.where(denominator > 0, numerator / np.maximum(denominator, 1), np.nan)
+
+    def mean(values: np.ndarray) -> float:
+        known = values[~np.isnan(values)]
+        return float(known.mean()) if known.size else float("nan")
+
+    iou, accuracy = quotient(correct, targets + predictions - correct), quotient(correct, targets)
+    return SegmentationScores(
+        per_class=iou,
+        mean_iou=mean(iou),
+        per_class_accuracy=accuracy,
+        mean_accuracy=mean(accuracy),
+        accuracy=float(correct.sum() / targets.sum()) if targets.any() else float("nan"),
+    )
+
+
 def occupancy_iou(confusion: Integer[np.ndarray, "2 2"] | Integer[Array, "2 2"]) -> float:
     """IoU of the occupied class, in 0..1, from counts of free (0) and occupied (1).
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pop3d_jax.losses import feature_loss, lovasz_softmax, pop3d_loss
+from pop3d_jax.losses import distillation_loss, feature_loss, lovasz_softmax, pop3d_loss, segmentation_loss
 from pop3d_jax.nuscenes import IGNORE
 
 lovasz_and_gradient = jax.jit(jax.value_and_grad(lovasz_softmax))
@@ -158,3 +158,98 @@ def test_without_features_the_term_is_left_out():
     result = jitted_loss(logits, jnp.ones((1, 2, 2, 2), jnp.uint8))
     assert set(result) == {"cross_entropy", "lovasz", "total"}
     np.testing.assert_allclose(result["cross_entropy"], np.log(2), rtol=1e-6)
+
+
+jitted_distances = jax.jit(jax.value_and_grad(distillation_loss, argnums=(0, 1)))
+
+
+def distances_reference(student, teacher, mask):
+    student, teacher = (
+        features / np.linalg.norm(features, axis=-1, keepdims=True)
+        for features in (student[mask].astype(float), teacher[mask].astype(float))
+    )
+    return np.mean(np.linalg.norm(student - teacher, axis=-1))
+
+
+@given(st.integers(0, 2**31), st.floats(1e-3, 1e3))
+@settings(max_examples=20, deadline=None)
+def test_distillation_is_the_mean_distance_of_unit_vectors_whatever_their_lengths(seed, scale):
+    rng = np.random.default_rng(seed)
+    student, teacher = rng.normal(size=(2, 3, 7, 5)).astype(np.float32)
+    mask = rng.random((3, 7)) < 0.6
+    mask[0, 0] = True
+    loss, _ = jitted_distances(jnp.asarray(student), jnp.asarray(scale * teacher), jnp.asarray(mask))
+    np.testing.assert_allclose(loss, distances_reference(student, teacher, mask), rtol=2e-6)
+
+
+def test_unrelated_features_are_the_root_of_two_apart_and_opposite_ones_two():
+    rng = np.random.default_rng(0)
+    student, teacher = jnp.asarray(rng.normal(size=(2, 500, 1024)), jnp.float32)
+    mask = jnp.ones(500, bool)
+    loss, _ = jitted_distances(student, teacher, mask)
+    np.testing.assert_allclose(loss, np.sqrt(2), atol=5e-3)
+    loss, _ = jitted_distances(student, -2 * student, mask)
+    np.testing.assert_allclose(loss, 2.0, rtol=1e-6)
+
+
+def test_distillation_gradient_is_the_slope_and_zero_at_equality():
+    rng = np.random.default_rng(1)
+    student, teacher, direction = rng.normal(size=(3, 1, 6, 8))
+    teacher[0, 0] = 0.5 * student[0, 0]  # a power of two: equal to the last bit once normalised
+    direction[0, 0] = 0.0
+    mask = np.ones((1, 6), bool)
+    step = 1e-6
+    forward, back = (distances_reference(student + sign * step * direction, teacher, mask) for sign in (1, -1))
+    arrays = (jnp.asarray(student, jnp.float32), jnp.asarray(teacher, jnp.float32), jnp.asarray(mask))
+    _, gradients = jitted_distances(*arrays)
+    np.testing.assert_allclose(np.sum(gradients[0] * direction), (forward - back) / (2 * step), rtol=1e-4)
+    for gradient in gradients:
+        assert np.all(np.isfinite(gradient))
+        assert not np.any(np.asarray(gradient)[0, 0])
+
+
+@pytest.mark.parametrize("padding", [np.nan, np.inf, 0.0])
+def test_padded_pairs_have_no_influence(padding):
+    rng = np.random.default_rng(2)
+    student, teacher = rng.normal(size=(2, 2, 4, 8)).astype(np.float32)
+    mask = np.array([[True, True, False, True], [False, False, False, True]])
+    expected, expected_gradients = jitted_distances(jnp.asarray(student), jnp.asarray(teacher), jnp.asarray(mask))
+    student[~mask] = teacher[~mask] = padding
+    loss, gradients = jitted_distances(jnp.asarray(student), jnp.asarray(teacher), jnp.asarray(mask))
+    assert loss == expected
+    for gradient, same in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_array_equal(gradient, same)
+        assert not np.any(np.asarray(gradient)[~mask])
+
+
+def test_no_pair_and_zero_features_give_no_nan():
+    features = jnp.full((1, 3, 4), jnp.nan)
+    loss, gradients = jitted_distances(features, features, jnp.zeros((1, 3), bool))
+    assert loss == 0
+    assert not any(np.any(gradient) for gradient in gradients)
+    loss, gradients = jitted_distances(jnp.zeros((1, 3, 4)), jnp.ones((1, 3, 4)), jnp.ones((1, 3), bool))
+    np.testing.assert_allclose(loss, 1.0, rtol=1e-6)
+    assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
+
+
+def test_segmentation_takes_the_batch_as_one_cloud():
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(2, 30, 4)).astype(np.float32)
+    labels = rng.choice([0, 1, 3, IGNORE], (2, 30)).astype(np.uint8)
+    loss = jax.jit(segmentation_loss, static_argnames="lovasz_weight")
+    found = loss(jnp.asarray(logits), jnp.asarray(labels), lovasz_weight=0.5)
+    valid = labels != IGNORE
+    kept = jnp.asarray(logits[valid]), jnp.asarray(labels[valid])
+    np.testing.assert_allclose(found["lovasz"], lovasz_of_logits(*kept), rtol=1e-6)
+    log_probabilities = np.take_along_axis(np.asarray(jax.nn.log_softmax(kept[0])), labels[valid][:, None], 1)
+    np.testing.assert_allclose(found["cross_entropy"], -log_probabilities.mean(), rtol=1e-6)
+    np.testing.assert_allclose(found["total"], found["cross_entropy"] + 0.5 * found["lovasz"], rtol=1e-6)
+
+
+def test_a_batch_without_labels_trains_nothing():
+    def total(logits):
+        return segmentation_loss(logits, jnp.full(logits.shape[:-1], IGNORE, jnp.uint8))["total"]
+
+    loss, gradient = jax.jit(jax.value_and_grad(total))(jnp.ones((2, 9, 5)))
+    assert loss == 0
+    assert not np.any(gradient)

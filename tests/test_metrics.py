@@ -19,6 +19,7 @@ from pop3d_jax.metrics import (
     mean_iou,
     occupancy_iou,
     prompt_logits,
+    segmentation_scores,
 )
 from pop3d_jax.nuscenes import IGNORE
 
@@ -141,3 +142,18 @@ def test_best_constant_grid_refuses_empty_judging():
         best_constant_grid(mean, zeros, zeros)
     with pytest.raises(ValueError, match="NaN"):
         best_constant_grid(mean * np.nan, zeros + 1, zeros + 1)
+
+
+def test_segmentation_scores_by_hand():
+    # Class 2 is only predicted, class 3 neither occurs nor is predicted.
+    scores = segmentation_scores(np.array([[3, 1, 0, 0], [2, 2, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]]))
+    np.testing.assert_allclose(scores.per_class, [3 / 6, 2 / 7, 0.0, np.nan])
+    np.testing.assert_allclose(scores.mean_iou, np.mean([3 / 6, 2 / 7, 0.0]))
+    np.testing.assert_allclose(scores.per_class_accuracy, [3 / 4, 2 / 6, np.nan, np.nan])
+    np.testing.assert_allclose(scores.mean_accuracy, np.mean([3 / 4, 2 / 6]))
+    np.testing.assert_allclose(scores.accuracy, 5 / 10)
+
+
+def test_segmentation_scores_of_nothing_are_undefined():
+    scores = segmentation_scores(jnp.zeros((3, 3), jnp.int32))
+    assert np.isnan([scores.mean_iou, scores.mean_accuracy, scores.accuracy, *scores.per_class]).all()

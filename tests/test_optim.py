@@ -110,3 +110,116 @@ def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adamw():
 def test_an_unknown_optimiser_is_named():
     with pytest.raises(ValueError, match=r"config\.optim\.name is 'sgd'"):
         optim.make_optimizer(small_config(name="sgd"), 100, groups())
+
+
+def test_no_clipping_leaves_large_gradients_to_the_optimiser():
+    """The second step of AdamW depends on the gradients' size relative to the first: clipping would change it."""
+
+    def second_update(clip_norm):
+        optimizer = optim.make_optimizer(small_config(clip_norm=clip_norm), 100, groups())
+        state, tree = optimizer.init(parameters()), parameters()
+        for size in (1e-3, 1e3):
+            gradients = jax.tree.map(lambda x, size=size: size * x, parameters())
+            updates, state = optimizer.update(gradients, state, tree)
+        return float(updates["encoder"]["kernel"][0])
+
+    assert second_update(0.0) == second_update(1e9)
+    assert second_update(0.0) != second_update(1.0)
+
+
+def scalr_config(**changes):
+    schedule = {"schedule": "warmup_cosine", "warmup_steps": 2, "final_learning_rate": 1e-5, "clip_norm": 0.0}
+    with (config := small_config()).unlocked():
+        config.update(schedule | changes)
+    return config
+
+
+def waffleiron_parameters():
+    rng = np.random.default_rng(0)
+    block = {mix: {"norm": {"bias": 0}, "scale": 0} for mix in ("channel_mix", "spatial_mix")}
+    tree = {"embedding": {"norm": {"bias": 0}}, "blocks": {0: block, 1: block}, "head": {"kernel": 0}}
+    return jax.tree.map(lambda _: jnp.asarray(rng.normal(size=3), jnp.float32), tree)
+
+
+def layer_of(path):
+    return optim.waffleiron_layer(path, depth=2)
+
+
+def test_layers_of_a_waffleiron_by_path():
+    tree = optim.layer_scales(waffleiron_parameters(), 0.5, layer_of, last_layer=3)
+    assert tree["embedding"]["norm"]["bias"] == 0.125
+    assert set(jax.tree.leaves(tree["blocks"][0])) == {0.25}
+    assert set(jax.tree.leaves(tree["blocks"][1])) == {0.5}
+    assert tree["head"]["kernel"] == 1.0
+    official = ("embed.norm.bias", "waffleiron.spatial_mix.0.norm.bias", "waffleiron.channel_mix.1.scale", "classif.1")
+    assert [layer_of(tuple(name.split("."))) for name in official] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"parameter blocks\.2\.bias belongs to no layer .* depth 2"):
+        layer_of(("blocks", "2", "bias"))
+
+
+def test_finetuning_and_probing_against_torch():
+    torch = pytest.importorskip("torch")
+    start, steps = waffleiron_parameters(), 5
+    rng = np.random.default_rng(1)
+    gradients = [
+        jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), start) for _ in range(steps)
+    ]
+
+    def ours(groups, **changes):
+        optimizer = optim.make_optimizer(scalr_config(weight_decay=0.03, **changes), 10, groups, layer_of)
+        tree, state = start, optimizer.init(start)
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, tree)
+            tree = optax.apply_updates(tree, updates)
+        return tree, state
+
+    def official(trains, decay):
+        paths = jax.tree_util.tree_flatten_with_path(start)[0]
+        values = [torch.nn.Parameter(torch.tensor(np.asarray(value))) for _, value in paths]
+        names = [tuple(str(step.key) for step in path) for path, _ in paths]
+        kept = [index for index, name in enumerate(names) if trains(name)]
+        scales = [decay ** (3 - layer_of(names[index])) for index in kept]
+        adamw = torch.optim.AdamW(
+            [{"params": [values[index]], "lr": 1e-2 * scale} for index, scale in zip(kept, scales, strict=True)],
+            betas=(0.9, 0.999), eps=1e-8, weight_decay=0.03,
+        )  # fmt: skip
+
+        def factor(step):
+            return step / 2 if step < 2 else 1e-3 + 0.5 * (1 - 1e-3) * (np.cos((step - 2) / 8 * np.pi) + 1)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(adamw, factor)
+        for gradient in gradients:
+            leaves = jax.tree.leaves(gradient)
+            for index in kept:
+                values[index].grad = torch.tensor(np.asarray(leaves[index]))
+            adamw.step()
+            schedule.step()
+        return [value.detach().numpy() for value in values]
+
+    everything = optim.parameter_groups(start, lambda path: False)
+    tree, _ = ours(everything, layer_decay=0.9)
+    for mine, theirs in zip(jax.tree.leaves(tree), official(lambda name: True, 0.9), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-6)
+
+    head = optim.parameter_groups(start, lambda path: path[0] != "head")
+    tree, state = ours(head)
+    for mine, theirs in zip(jax.tree.leaves(tree), official(lambda name: name[0] == "head", 1.0), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-6)
+    assert np.array_equal(tree["embedding"]["norm"]["bias"], start["embedding"]["norm"]["bias"])
+    assert sum(leaf.shape == (3,) for leaf in jax.tree.leaves(state)) == 2  # two moments of the head, and no others
+
+
+def test_the_first_update_of_scalr_moves_nothing():
+    tree = waffleiron_parameters()
+    optimizer = optim.make_optimizer(
+        scalr_config(weight_decay=0.5), 10, optim.parameter_groups(tree, lambda path: False)
+    )
+    updates, state = optimizer.update(tree, optimizer.init(tree), tree)
+    assert not any(np.any(update) for update in jax.tree.leaves(updates))
+    updates, _ = optimizer.update(tree, state, tree)
+    assert all(np.all(update) for update in jax.tree.leaves(updates))
+
+
+def test_layer_decay_needs_layers():
+    with pytest.raises(ValueError, match=r"config\.optim\.layer_decay is 0\.9, .* set it to 0"):
+        optim.make_optimizer(scalr_config(layer_decay=0.9), 10, groups())

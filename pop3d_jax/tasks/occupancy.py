@@ -11,8 +11,8 @@ from pop3d_jax.data.records import RecordSource
 from pop3d_jax.data.teacher_cache import TeacherCache
 from pop3d_jax.evaluator import Evaluator, headline
 from pop3d_jax.experiment import build_student, example_settings
-from pop3d_jax.optim import cosine_with_warmup
 from pop3d_jax.program import number_of_steps, training_program
+from pop3d_jax.schedules import make_schedule
 from pop3d_jax.sharding import replicated
 from pop3d_jax.step import State, initial_state
 from pop3d_jax.tasks.task import Task
@@ -92,13 +92,7 @@ def occupancy_task(config: ml_collections.ConfigDict, workdir: epath.Path, mesh:
             "points_left_out": "config.data.max_points",
             "feature_points_left_out": "config.data.max_feature_points",
         },
-        learning_rate=cosine_with_warmup(
-            config.optim.learning_rate,
-            total_steps=total_steps,
-            warmup_steps=config.optim.warmup_steps,
-            warmup_start=config.optim.warmup_start,
-            final=config.optim.final_learning_rate,
-        ),
+        learning_rate=make_schedule(config.optim, config.optim.learning_rate, total_steps),
         terms=("cross_entropy", "lovasz", "feature"),
         evaluate=evaluate,
     )

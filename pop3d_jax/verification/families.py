@@ -11,6 +11,7 @@ from pop3d_jax.verification import (
     metrics,
     network,
     operations,
+    scalr_training,
     teachers_and_text,
     training,
 )
@@ -47,6 +48,11 @@ FAMILIES: tuple[tuple[str, Callable[[GoldenFile], Iterator[Check]]], ...] = (
     ("text", teachers_and_text.prompt_ensemble),
     ("maskclip_plus", maskclip_plus.tiny_network),
     ("maskclip_plus", maskclip_plus.full_width),
+    ("scalr_training", scalr_training.segmentation_losses),
+    ("scalr_training", scalr_training.distances),
+    ("scalr_training", scalr_training.learning_rates),
+    ("scalr_training", scalr_training.layer_decay),
+    ("scalr_training", scalr_training.scores),
     (FULL_SIZE, full_size.full_size),
 )
 

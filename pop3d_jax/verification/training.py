@@ -15,7 +15,8 @@ from pop3d_jax.experiment import frozen_by
 from pop3d_jax.losses import pop3d_loss
 from pop3d_jax.models.parameters import merge_model, split_model
 from pop3d_jax.official_weights import model_to_state_dict
-from pop3d_jax.optim import cosine_with_warmup, make_optimizer, parameter_groups, trainable_norm
+from pop3d_jax.optim import make_optimizer, parameter_groups, trainable_norm
+from pop3d_jax.schedules import cosine_with_warmup
 from pop3d_jax.verification.checks import Check, absolute, relative, relative_norm
 from pop3d_jax.verification.golden_model import GoldenFile, golden_arrays, golden_json, tiny_model
 from pop3d_jax.verification.network import NOISE_FACTOR

@@ -1,0 +1,76 @@
+"""How much a network suffers from corrupted sweeps: mCE and mRR of Robo3D (Kong et al., ICCV 2023)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class RobustnessScores:
+    """Scores over several corruptions.
+
+    Attributes:
+      baseline: name of the network that errors are relative to.
+      corruption_error: of each corruption; 1 as the baseline, less is better.
+      resilience_rate: of each corruption; 1 where it costs nothing.
+      mean_corruption_error: mCE.
+      mean_resilience_rate: mRR.
+    """
+
+    baseline: str
+    corruption_error: dict[str, float]
+    resilience_rate: dict[str, float]
+    mean_corruption_error: float
+    mean_resilience_rate: float
+
+
+def robustness_scores(
+    corrupted: Mapping[str, Sequence[float]],
+    clean: float,
+    baseline_corrupted: Mapping[str, Sequence[float]],
+    baseline: str,
+) -> RobustnessScores:
+    """mCE and mRR from mIoUs.
+
+    For each corruption CE = sum of (1 - mIoU) over its severities, over the same sum of the baseline; RR = mean mIoU of
+    its severities over the mIoU of clean sweeps.
+
+    Args:
+      corrupted: mIoU, in 0..1, of each corruption and severity.
+      clean: mIoU of the same network without corruption.
+      baseline_corrupted: like `corrupted`, of the baseline.
+      baseline: its name, for reports.
+
+    Raises:
+      ValueError: the two networks were not measured on the same corruptions and severities, a score lies outside 0..1,
+        or a score to divide by is perfect or zero.
+    """
+    for name in corrupted.keys() | baseline_corrupted.keys():
+        ours, theirs = corrupted.get(name, ()), baseline_corrupted.get(name, ())
+        if not ours or len(ours) != len(theirs):
+            raise ValueError(
+                f"corruption {name}: {len(ours)} severities of the network, {len(theirs)} of baseline {baseline}; "
+                "evaluate both on the same"
+            )
+        for score in (*ours, *theirs):
+            if not 0 <= score <= 1:
+                raise ValueError(f"corruption {name}: mIoU {score} is not in 0..1; give shares, not percent")
+    if not corrupted:
+        raise ValueError("no corruption was evaluated")
+    if not 0 < clean <= 1:
+        raise ValueError(f"clean mIoU {clean}: the resilience rate needs one in 0..1 and above 0")
+    errors, rates = {}, {}
+    for name, scores in corrupted.items():
+        theirs = float(np.sum(1 - np.asarray(baseline_corrupted[name])))
+        if theirs == 0:
+            raise ValueError(f"corruption {name}: baseline {baseline} is perfect, no error is relative to that")
+        errors[name] = float(np.sum(1 - np.asarray(scores))) / theirs
+        rates[name] = float(np.mean(scores)) / clean
+    return RobustnessScores(
+        baseline=baseline,
+        corruption_error=errors,
+        resilience_rate=rates,
+        mean_corruption_error=float(np.mean(list(errors.values()))),
+        mean_resilience_rate=float(np.mean(list(rates.values()))),
+    )
