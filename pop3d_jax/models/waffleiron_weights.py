@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -149,7 +150,7 @@ def load_waffleiron(path: epath.PathLike, model: WaffleIron, *, with_head: bool 
         raise ValueError(f"{path}: {error}") from error
 
 
-def _flat_state(model: WaffleIron) -> dict[tuple[str | int, ...], np.ndarray]:
+def _flat_state(model: WaffleIron) -> dict[tuple[str | int, ...], Any]:
     """All arrays (of an abstract model: their shapes) by path."""
     return traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model)))
 
