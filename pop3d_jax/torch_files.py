@@ -12,8 +12,8 @@ from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-# Under which names training scripts keep the weights beside epoch, optimiser and scores.
-_CONTAINERS = ("state_dict", "model_state_dict", "model")
+# Under which names training scripts keep the weights beside epoch, optimiser and scores; the last three are ScaLR's.
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "model_point", "model_points", "net")
 
 
 class WeightFileError(Exception):
@@ -25,8 +25,8 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
 
     Args:
       path: `.safetensors`, or what `torch.save` wrote: a state dict, or a checkpoint that holds one as `state_dict`,
-        `model_state_dict` or `model`. Half precision becomes float32; a `module.` prefix of every name (distributed
-        training) is taken off.
+        `model_state_dict`, `model`, or, as ScaLR's do, `model_point`, `model_points` or `net`. Half precision becomes
+        float32; a `module.` prefix of every name (distributed training) is taken off.
 
     Raises:
       WeightFileError: no such file, damaged, with objects that are not weights, or without a state dict.

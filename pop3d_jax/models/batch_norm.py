@@ -1,13 +1,16 @@
-"""Batch normalisation that never updates its statistics, and a way to set them where there are none."""
+"""Batch normalisation: one that never updates its statistics, a way to set them where there are none, and one that does
+as PyTorch's in training."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 EPSILON = 1e-5
+# Share of a batch's statistics in the new running ones; PyTorch's default, and its meaning of the word.
+MOMENTUM = 0.1
 
 
 class FrozenBatchNorm(nnx.Module):
@@ -42,6 +45,64 @@ class FrozenBatchNorm(nnx.Module):
         scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + EPSILON)
         shift = self.bias[...] - self.mean[...] * scale
         return x * scale.astype(x.dtype) + shift.astype(x.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """PyTorch's `BatchNorm1d` or `BatchNorm2d` over the last axis, with statistics of the batch in training.
+
+    Not `nnx.BatchNorm`, whose running variance is that of the batch: PyTorch's is the unbiased estimate (divided by
+    count - 1), while the batch itself is normalised by the other one. On a mesh the statistics are those of the whole
+    batch.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.mean = nnx.BatchStat(jnp.zeros(channels))
+        self.var = nnx.BatchStat(jnp.ones(channels))
+
+    def __call__(
+        self,
+        x: Float[Array, "*positions channel"],
+        *,
+        training: bool = False,
+        counted: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "*positions channel"]:
+        """Normalises, in float32.
+
+        Args:
+          x: one row of channels for each position.
+          training: whether to normalise with the statistics of `x`; `mean` and `var` then move towards them.
+          counted: which positions the statistics are of, by the leading axes of `x`; None counts all.
+
+        Returns:
+          The normalised rows, all of them, in the type of `x`.
+        """
+        exact = x.astype(jnp.float32)
+        if training:
+            mean, var = self._of_batch(exact, counted)
+        else:
+            mean, var = self.mean[...], self.var[...]
+        scale = self.scale[...] * jax.lax.rsqrt(var + EPSILON)
+        return ((exact - mean) * scale + self.bias[...]).astype(x.dtype)
+
+    def _of_batch(
+        self, x: Float[Array, "*positions channel"], counted: Bool[Array, "..."] | None
+    ) -> tuple[Float[Array, "channel"], Float[Array, "channel"]]:
+        """Mean and variance of the counted rows; the running ones are updated."""
+        axes = tuple(range(x.ndim - 1))
+        if counted is None:
+            counted = jnp.ones((), bool)
+        # A bool for each row, at whatever axes `counted` has.
+        counted = jnp.broadcast_to(counted.reshape(counted.shape + (1,) * (x.ndim - counted.ndim)), (*x.shape[:-1], 1))
+        count = jnp.sum(counted, dtype=jnp.float32)
+        mean = jnp.sum(jnp.where(counted, x, 0.0), axes) / count
+        squares = jnp.sum(jnp.where(counted, jnp.square(x - mean), 0.0), axes)
+        # Running statistics are no way for gradients.
+        fixed_mean, unbiased = jax.lax.stop_gradient((mean, squares / jnp.maximum(count - 1.0, 1.0)))
+        self.mean[...] = (1.0 - MOMENTUM) * self.mean[...] + MOMENTUM * fixed_mean
+        self.var[...] = (1.0 - MOMENTUM) * self.var[...] + MOMENTUM * unbiased
+        return mean, squares / count
 
 
 def calibrate_batch_norm(network: nnx.Module, images: Float[Array, "image height width channel"]) -> None:

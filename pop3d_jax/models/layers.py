@@ -10,16 +10,36 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 xavier_uniform = nnx.initializers.xavier_uniform()
 
 
-def linear(
-    in_dims: int, out_dims: int, *, kernel_init: nnx.Initializer | None = None, dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.Linear:
-    """A linear layer that starts as PyTorch's does: kernel (unless given) and bias uniform within 1/sqrt(in_dims)."""
-    bound = 1.0 / math.sqrt(in_dims)
+def fan_in_uniform(fan_in: int) -> nnx.Initializer:
+    """PyTorch's default for kernels and biases of linear layers and convolutions: uniform within 1/sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(fan_in)
 
     def uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, out_sharding=None) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return nnx.Linear(in_dims, out_dims, kernel_init=kernel_init or uniform, bias_init=uniform, dtype=dtype, rngs=rngs)
+    return uniform
+
+
+def linear(
+    in_dims: int,
+    out_dims: int,
+    *,
+    use_bias: bool = True,
+    kernel_init: nnx.Initializer | None = None,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A linear layer that starts as PyTorch's does: kernel (unless given) and bias uniform within 1/sqrt(in_dims)."""
+    uniform = fan_in_uniform(in_dims)
+    return nnx.Linear(
+        in_dims,
+        out_dims,
+        use_bias=use_bias,
+        kernel_init=kernel_init or uniform,
+        bias_init=uniform,
+        dtype=dtype,
+        rngs=rngs,
+    )
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | Array | None) -> Float[Array, "*shape"]:
