@@ -4,9 +4,9 @@ Two implementations of one function, both exact: SciPy's k-d tree in the workers
 pairs in the step, which a chip does in dense arithmetic. `benchmarks/neighbors.py` states what each costs.
 
 Row 0 is the point itself. Among points at the same distance the search over all pairs takes those of lower index
-first; the k-d tree leaves their order open. A cloud of fewer points than neighbours names the point itself in their stead:
-in the embedding, whose neighbours are differences to the point followed by a maximum, that is a neighbour at distance
-zero. (The official code stops there.)
+first; the k-d tree leaves their order open. A cloud of fewer points than neighbours names the point itself in
+their stead: in the embedding, whose neighbours are differences to the point followed by a maximum, that is a neighbour
+at distance zero. (The official code stops there.)
 """
 
 import functools
@@ -109,7 +109,9 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     return total, (a - (total - rest)) + (b - rest)
 
 
-def _squared_distance(a: Float32[Array, "*n 3"], b: Float32[Array, "*n 3"]) -> tuple[Array, Array]:
+def _squared_distance(
+    a: Float32[Array, "block 1 3"], b: Float32[Array, "block candidates 3"]
+) -> tuple[Float32[Array, "block candidates"], Float32[Array, "block candidates"]]:
     """Squared distance as a sum of two float32, of some 44 bits: enough to order as float64 does.
 
     Every product but the smallest is exact in float32, so it does not matter whether a compiler fuses it with a sum.
