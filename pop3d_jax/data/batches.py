@@ -21,7 +21,7 @@ def spread(count: int, capacity: int) -> np.ndarray:
     return np.arange(count) if count <= capacity else np.linspace(0, count - 1, capacity).round().astype(np.int64)
 
 
-def pad(array: np.ndarray, keep: np.ndarray, capacity: int, fill: float = 0) -> np.ndarray:
+def pad(array: np.ndarray, keep: np.ndarray, capacity: int, fill: int = 0) -> np.ndarray:
     """The elements `keep` of the array, and `fill` behind them up to the capacity."""
     padded = np.full((capacity, *array.shape[1:]), fill, array.dtype)
     padded[: len(keep)] = array[keep]
