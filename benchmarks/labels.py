@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from benchmarks.drawn_sweep import sweep
 from benchmarks.measure import medians_in_turns
 from benchmarks.report import Table
 from pop3d_jax import labels
@@ -21,18 +22,6 @@ _POINTS = flags.DEFINE_integer("points", 34688, "lidar points of the key frame")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "runs of each; the median is reported")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the drawn sweep")
 _JSON = flags.DEFINE_string("json", None, "folder of labels.json")
-
-
-def sweep(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A drawn sweep: float32 points [n, 3] in metres and classes [n]."""
-    rng = np.random.default_rng(seed)
-    azimuth = rng.uniform(0, 2 * np.pi, count)
-    elevation = np.radians(rng.choice(np.linspace(-30, 10, 32), count))
-    wall = 15 + 25 * (1 + np.sin(3 * azimuth)) + rng.normal(0, 0.3, count)
-    ground = np.where(elevation < 0, 1.84 / np.sin(np.maximum(-elevation, 1e-3)), np.inf)
-    distance = np.minimum(wall / np.cos(elevation), ground) * rng.normal(1, 0.002, count)
-    direction = (np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation))
-    return (np.stack(direction, -1) * distance[:, None]).astype(np.float32), rng.integers(0, 17, count, np.uint8)
 
 
 def numpy_labels(points: np.ndarray, classes: np.ndarray, volume: Volume) -> dict[str, np.ndarray]:

@@ -12,6 +12,8 @@ from lidar_frames import DATASET, noise_frame
 
 from pop3d_jax.data.lidar_examples import LidarSettings, make_distillation_example, make_segmentation_example
 from pop3d_jax.data.lidar_pipeline import LidarSource, evaluation_batches, mixture_shares, training_batches
+from pop3d_jax.data.records import RecordSource
+from pop3d_jax.lidar_datasets import NUSCENES
 
 SETTINGS = LidarSettings(
     capacity=64,
@@ -193,3 +195,18 @@ def test_what_cannot_be_mixed_is_named():
             training_batches(sources, make_segmentation_example, SETTINGS, batch_size=2, seed=0)
     with pytest.raises(ValueError, match="does not divide among 2 hosts"):
         training_batches(mixture(1.0), make_segmentation_example, SETTINGS, batch_size=3, seed=0, hosts=2)
+
+
+def test_records_of_nuscenes_layout_are_distilled_and_segmented(small_records):
+    source = LidarSource(RecordSource(small_records, "train"), NUSCENES)
+    settings = LidarSettings(capacity=4_000, raw_capacity=40_000)
+    (seen,) = first(training_batches([source], make_distillation_example, settings, batch_size=2, seed=0), 1)
+    assert seen["images"].shape == (2, 1, *settings.image_hw, 3)
+    assert (seen["feature_mask"].sum(1) > 100).all()
+    assert ((seen["feature_pixels"] >= 0) & (seen["feature_pixels"] < 1)).all()
+    (batch,) = first(evaluation_batches(source, settings, batch_size=2), 1)
+    assert not batch["raw_points_left_out"].any()
+    for labels, mask in zip(batch["raw_labels"], batch["raw_mask"], strict=True):
+        scored = labels[mask][labels[mask] != 255]
+        assert len(set(scored.tolist())) > 2
+        assert scored.max() < len(NUSCENES.class_names)
