@@ -14,21 +14,16 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
-from absl import flags
 from jaxtyping import Float, UInt8
 from PIL import Image
 
 from pop3d_jax.data.augment import draw_volume_turn
+from pop3d_jax.data.batches import EPOCHS, Batch, iterate, local_batch_size, pad, spread
 from pop3d_jax.data.records import KeyFrame, RecordSource
 from pop3d_jax.data.teacher_cache import TeacherCache
 from pop3d_jax.data.visibility import visible_pairs
 from pop3d_jax.geometry import lidar_to_image
 from pop3d_jax.nuscenes import CAMERAS, LIDARSEG_TO_CLASS
-
-# Endless for any training, and still a length that fits an index.
-_EPOCHS = 2**31
-
-Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,17 +110,6 @@ def image_sizes(key_frame: KeyFrame) -> list[tuple[int, int]]:
     return sizes
 
 
-def _spread(count: int, capacity: int) -> np.ndarray:
-    """Indices of the elements kept: all, or `capacity` of them spread evenly over the order of the sweep."""
-    return np.arange(count) if count <= capacity else np.linspace(0, count - 1, capacity).round().astype(np.int64)
-
-
-def _pad(array: np.ndarray, keep: np.ndarray, capacity: int) -> np.ndarray:
-    padded = np.zeros((capacity, *array.shape[1:]), array.dtype)
-    padded[: len(keep)] = array[keep]
-    return padded
-
-
 def make_example(
     key_frame: KeyFrame,
     settings: ExampleSettings,
@@ -171,9 +155,9 @@ def make_example(
 
     labelled = len(key_frame.lidarseg) > 0
     classes = LIDARSEG_TO_CLASS[key_frame.lidarseg] if labelled else np.zeros(len(xyz), np.uint8)
-    keep = _spread(len(xyz), settings.max_points)
-    arrays["points"] = _pad(turned, keep, settings.max_points)
-    arrays["point_labels"] = _pad(classes, keep, settings.max_points)
+    keep = spread(len(xyz), settings.max_points)
+    arrays["points"] = pad(turned, keep, settings.max_points)
+    arrays["point_labels"] = pad(classes, keep, settings.max_points)
     arrays["point_mask"] = np.arange(settings.max_points) < len(keep)
 
     index, camera, pixel = visible_pairs(xyz, key_frame.intrinsics, key_frame.lidar_to_camera, full_hw)
@@ -181,12 +165,12 @@ def make_example(
     if rng is not None and 0 < settings.sample_feature_points < len(index):
         pairs = rng.choice(len(index), settings.sample_feature_points, replace=False, shuffle=False)
     wanted = len(pairs)
-    pairs = pairs[_spread(wanted, settings.max_feature_points)]
+    pairs = pairs[spread(wanted, settings.max_feature_points)]
     centres = ((pixel + 0.5) / np.asarray(full_hw)).astype(np.float32)
-    arrays["feature_points"] = _pad(turned[index], pairs, settings.max_feature_points)
-    arrays["feature_point_labels"] = _pad(classes[index], pairs, settings.max_feature_points)
-    arrays["feature_cameras"] = _pad(camera.astype(np.int32), pairs, settings.max_feature_points)
-    arrays["feature_pixels"] = _pad(centres, pairs, settings.max_feature_points)
+    arrays["feature_points"] = pad(turned[index], pairs, settings.max_feature_points)
+    arrays["feature_point_labels"] = pad(classes[index], pairs, settings.max_feature_points)
+    arrays["feature_cameras"] = pad(camera.astype(np.int32), pairs, settings.max_feature_points)
+    arrays["feature_pixels"] = pad(centres, pairs, settings.max_feature_points)
     arrays["feature_mask"] = np.arange(settings.max_feature_points) < len(pairs)
     if cached_features is not None:
         if len(cached_features) != len(index):
@@ -194,7 +178,7 @@ def make_example(
                 f"sample {key_frame.sample_token} has {len(index)} visible pairs and {len(cached_features)} cached "
                 "teacher features: make the cache again with data_prep.teacher_features"
             )
-        arrays["feature_targets"] = _pad(cached_features, pairs, settings.max_feature_points)
+        arrays["feature_targets"] = pad(cached_features, pairs, settings.max_feature_points)
 
     arrays["has_labels"] = np.asarray(labelled)
     arrays["points_left_out"] = np.asarray(len(xyz) - len(keep), np.int32)
@@ -232,25 +216,6 @@ class _LoadEvaluation(grain.transforms.Map):
         }
 
 
-def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
-    # Threads overlap decoding with the step even without workers; a small buffer bounds the memory.
-    iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads absl flags; in a notebook nobody has parsed them
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        iterable = iterable.mp_prefetch(options)
-    return iter(iterable)
-
-
-def _check_shards(batch_size: int, host: int, hosts: int) -> int:
-    if not 0 <= host < hosts:
-        raise ValueError(f"host {host} of {hosts} hosts: the index counts from 0")
-    if batch_size % hosts:
-        raise ValueError(f"the global batch size {batch_size} does not divide among {hosts} hosts")
-    return batch_size // hosts
-
-
 def training_batches(
     source: RecordSource,
     settings: ExampleSettings,
@@ -282,20 +247,20 @@ def training_batches(
     Raises:
       ValueError: no records, or the batch does not divide among the hosts.
     """
-    local = _check_shards(batch_size, host, hosts)
+    local = local_batch_size(batch_size, host, hosts)
     if len(source) == 0:
         raise ValueError("the split has no records: build it with `python -m data_prep.build`")
     dataset = (
         grain.MapDataset.range(len(source))
         .seed(seed)
         .shuffle()
-        .repeat(_EPOCHS)
+        .repeat(EPOCHS)
         .random_map(_LoadTraining(source, settings, cache))
         .slice(slice(host, None, hosts))
         .batch(local)
         .slice(slice(start_step, None))
     )
-    return _iterate(dataset, workers)
+    return iterate(dataset, workers)
 
 
 def evaluation_batches(
@@ -311,7 +276,7 @@ def evaluation_batches(
 
     Args and errors as in `training_batches`.
     """
-    local = _check_shards(batch_size, host, hosts)
+    local = local_batch_size(batch_size, host, hosts)
     padded = -(-len(source) // batch_size) * batch_size
     dataset = (
         grain.MapDataset.range(padded)
@@ -319,4 +284,4 @@ def evaluation_batches(
         .slice(slice(host, None, hosts))
         .batch(local)
     )
-    return _iterate(dataset, workers)
+    return iterate(dataset, workers)

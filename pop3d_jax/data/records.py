@@ -51,8 +51,8 @@ class KeyFrame:
     """
 
     images: list[bytes]
-    intrinsics: Float64[np.ndarray, "6 3 3"]
-    lidar_to_camera: Float64[np.ndarray, "6 4 4"]
+    intrinsics: Float64[np.ndarray, "cameras 3 3"]
+    lidar_to_camera: Float64[np.ndarray, "cameras 4 4"]
     points: Float32[np.ndarray, "points 5"]
     lidarseg: UInt8[np.ndarray, " labels"]
     lidar_to_ego: Float64[np.ndarray, "4 4"]
@@ -64,7 +64,7 @@ class KeyFrame:
     lidar_file: str
     camera_tokens: list[str]
     camera_files: list[str]
-    camera_timestamps: Int64[np.ndarray, "6"]
+    camera_timestamps: Int64[np.ndarray, " cameras"]
     timestamp: int
 
 
