@@ -33,7 +33,7 @@ from pop3d_jax.program import number_of_steps, training_program
 from pop3d_jax.progress import progress
 from pop3d_jax.sharding import make_mesh, replicated, shard_batch
 from pop3d_jax.step import initial_state
-from pop3d_jax.teacher import Teacher, load_teacher, teacher_fingerprint
+from pop3d_jax.teacher import Teacher, check_text_side, load_teacher, teacher_fingerprint
 from pop3d_jax.torch_files import WeightFileError
 
 
@@ -88,6 +88,8 @@ def train(
     )
 
     # ------------------------------------------------------------------------------ teacher, program
+    if config.eval_every:  # before the first step, not at the first evaluation
+        check_text_side(config.teacher, "set --config.eval_every=0 to train without evaluation")
     teacher = load_teacher(config.teacher)
     cache = _teacher_cache(config, teacher, source)
     # With a cache the teacher only names the text space; its arrays stay off the devices.
@@ -242,10 +244,11 @@ def _teacher_cache(config: ml_collections.ConfigDict, teacher: Teacher, source: 
         return None
     cache = TeacherCache(config.teacher.cache, config.data.train_split, source.fingerprint)
     same_settings = all(
-        cache.index.teacher[name] == value
+        cache.index.teacher.get(name) == value
         for name, value in (
             ("name", config.teacher.name),
             ("variant", config.teacher.variant),
+            ("feature", config.teacher.get("feature")),
             ("image_hw", list(config.data.teacher_image_hw)),
         )
     )

@@ -55,7 +55,7 @@ class TextConfig:
 # Queries that attend at once. The score matrix of a 900 x 1600 picture in patches of 16 has 32 million entries a
 # head: computed whole, a batch of six such pictures would need gigabytes for nothing.
 _QUERIES_AT_ONCE = 512
-# So many tokens attend whole: a little over one part, such as DINOv2's 513 of a 224 x 448 picture, is no reason for two.
+# So many tokens attend whole: DINOv2 sees 513 of a 224 x 448 picture, and one more than a part is no reason for two.
 _WHOLE_UP_TO = 1024
 
 
@@ -308,7 +308,7 @@ class TextTower(nnx.Module):
         for layer in self.layers:
             hidden = layer(hidden)
             layers.append(hidden)
-        last = self.finallayer_norm(hidden)
+        last = self.final_layer_norm(hidden)
         # argmax finds the first of equal values.
         end = jnp.argmax(tokens == self.config.end_token, axis=1)
         pooled = last[jnp.arange(tokens.shape[0]), end]

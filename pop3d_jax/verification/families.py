@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pop3d_jax.verification import (
+    dinov2,
     full_size,
     labels_and_geometry,
     maskclip_plus,
@@ -47,6 +48,8 @@ FAMILIES: tuple[tuple[str, Callable[[GoldenFile], Iterator[Check]]], ...] = (
     ("text", teachers_and_text.prompt_ensemble),
     ("maskclip_plus", maskclip_plus.tiny_network),
     ("maskclip_plus", maskclip_plus.full_width),
+    ("dinov2", dinov2.stages),
+    ("dinov2", dinov2.teacher),
     (FULL_SIZE, full_size.full_size),
 )
 
