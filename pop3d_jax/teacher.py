@@ -113,7 +113,7 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
     """
     _check_name(config)
     if config.name == "dinov2":
-        network = load_dinov2(config.path, weights=config.weights, position_rule=_position_rule(config))
+        network = load_dinov2(config.path, weights=config.get("weights", ""), position_rule=_position_rule(config))
         return _teacher(config, DINOv2Teacher(network, _feature(config)), network.config.width, None)
     if config.name == "maskclip_plus" and not config.weights:
         raise ValueError(
@@ -147,7 +147,7 @@ def abstract_teacher(config: ml_collections.ConfigDict) -> Teacher:
     """
     _check_name(config)
     if config.name == "dinov2":
-        network = abstract_dinov2(config.path, weights=config.weights, position_rule=_position_rule(config))
+        network = abstract_dinov2(config.path, weights=config.get("weights", ""), position_rule=_position_rule(config))
         model, feature_dim = nnx.eval_shape(lambda: DINOv2Teacher(network, _feature(config))), network.config.width
     elif config.name == "maskclip_plus":
         model = nnx.eval_shape(lambda: MaskCLIPPlus(DeepLabV2(rngs=nnx.Rngs(0))))
