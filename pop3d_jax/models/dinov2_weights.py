@@ -27,34 +27,53 @@ from pop3d_jax.models.hugging_face import (
 )
 
 _MODEL_TYPES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
-# Our module or parameter -> (its name in Hugging Face's files, in the original ones, which of how many parts there).
-_SAME = (0, 1)
-_EMBEDDINGS = {
-    "class_token": ("embeddings.cls_token", "cls_token"),
-    "register_tokens": ("embeddings.register_tokens", "register_tokens"),
-    "position_embedding": ("embeddings.position_embeddings", "pos_embed"),
-    "patch_embedding": ("embeddings.patch_embeddings.projection.weight", "patch_embed.proj.weight"),
-    "patch_bias": ("embeddings.patch_embeddings.projection.bias", "patch_embed.proj.bias"),
-    "final_layer_norm": ("layernorm", "norm"),
+# Our module or parameter -> its name in Hugging Face's files; those of a block follow the block's number.
+_HUGGING_FACE = {
+    "class_token": Place("embeddings.cls_token"),
+    "register_tokens": Place("embeddings.register_tokens"),
+    "position_embedding": Place("embeddings.position_embeddings"),
+    "patch_embedding": Place("embeddings.patch_embeddings.projection.weight"),
+    "patch_bias": Place("embeddings.patch_embeddings.projection.bias"),
+    "layer_norm1": Place("norm1"),
+    "self_attn.q_proj": Place("attention.attention.query"),
+    "self_attn.k_proj": Place("attention.attention.key"),
+    "self_attn.v_proj": Place("attention.attention.value"),
+    "self_attn.out_proj": Place("attention.output.dense"),
+    "layer_scale1": Place("layer_scale1.lambda1"),
+    "layer_norm2": Place("norm2"),
+    "mlp.fc1": Place("mlp.fc1"),
+    "mlp.fc2": Place("mlp.fc2"),
+    "mlp.gate_proj": Place("mlp.weights_in", 0, 2),
+    "mlp.up_proj": Place("mlp.weights_in", 1, 2),
+    "mlp.down_proj": Place("mlp.weights_out"),
+    "layer_scale2": Place("layer_scale2.lambda1"),
+    "final_layer_norm": Place("layernorm"),
 }
-_BLOCK = {
-    "layer_norm1": ("norm1", "norm1", _SAME, _SAME),
-    "self_attn.q_proj": ("attention.attention.query", "attn.qkv", _SAME, (0, 3)),
-    "self_attn.k_proj": ("attention.attention.key", "attn.qkv", _SAME, (1, 3)),
-    "self_attn.v_proj": ("attention.attention.value", "attn.qkv", _SAME, (2, 3)),
-    "self_attn.out_proj": ("attention.output.dense", "attn.proj", _SAME, _SAME),
-    "layer_scale1": ("layer_scale1.lambda1", "ls1.gamma", _SAME, _SAME),
-    "layer_norm2": ("norm2", "norm2", _SAME, _SAME),
-    "mlp.fc1": ("mlp.fc1", "mlp.fc1", _SAME, _SAME),
-    "mlp.fc2": ("mlp.fc2", "mlp.fc2", _SAME, _SAME),
-    "mlp.gate_proj": ("mlp.weights_in", "mlp.w12", (0, 2), (0, 2)),
-    "mlp.up_proj": ("mlp.weights_in", "mlp.w12", (1, 2), (1, 2)),
-    "mlp.down_proj": ("mlp.weights_out", "mlp.w3", _SAME, _SAME),
-    "layer_scale2": ("layer_scale2.lambda1", "ls2.gamma", _SAME, _SAME),
+# The same in files of the original code.
+_ORIGINAL = {
+    "class_token": Place("cls_token"),
+    "register_tokens": Place("register_tokens"),
+    "position_embedding": Place("pos_embed"),
+    "patch_embedding": Place("patch_embed.proj.weight"),
+    "patch_bias": Place("patch_embed.proj.bias"),
+    "layer_norm1": Place("norm1"),
+    "self_attn.q_proj": Place("attn.qkv", 0, 3),
+    "self_attn.k_proj": Place("attn.qkv", 1, 3),
+    "self_attn.v_proj": Place("attn.qkv", 2, 3),
+    "self_attn.out_proj": Place("attn.proj"),
+    "layer_scale1": Place("ls1.gamma"),
+    "layer_norm2": Place("norm2"),
+    "mlp.fc1": Place("mlp.fc1"),
+    "mlp.fc2": Place("mlp.fc2"),
+    "mlp.gate_proj": Place("mlp.w12", 0, 2),
+    "mlp.up_proj": Place("mlp.w12", 1, 2),
+    "mlp.down_proj": Place("mlp.w3"),
+    "layer_scale2": Place("ls2.gamma"),
+    "final_layer_norm": Place("norm"),
 }
 _LEAVES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 # Stands in for patches that pretraining hides: of no use to a finished network.
-_UNUSED = {False: ("embeddings.mask_token",), True: ("mask_token",)}
+_MASK_TOKEN, _ORIGINAL_MASK_TOKEN = "embeddings.mask_token", "mask_token"
 _HEAD_WIDTH = 64  # of every published size; arrays do not tell it
 
 # Published sizes, as their config.json has them: to compile a program no files are needed.
@@ -99,7 +118,7 @@ def load_dinov2(
     config = read_config(folder, name, "DINOv2", _MODEL_TYPES)
     abstract = _abstract(network_config(config, name), position_rule, dtype)
     with open_tensors(weight_files(folder, name, _MODEL_TYPES[config.model_type])) as (shapes, read):
-        return with_tensors(abstract, places(abstract), shapes, read, unused=_UNUSED[False], name=name)
+        return with_tensors(abstract, places(abstract), shapes, read, unused=[_MASK_TOKEN], name=name)
 
 
 def abstract_dinov2(
@@ -164,17 +183,18 @@ def places(model: DINOv2, *, original: bool = False) -> dict[ParameterPath, Plac
       original: under the names of the original code, which has query, key and value in one tensor; else under those of
         Hugging Face's files.
     """
+    table, blocks = (_ORIGINAL, "blocks") if original else (_HUGGING_FACE, "encoder.layer")
     found = {}
     for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        *modules, leaf = (str(part) for part in path)
-        ending = _LEAVES.get(leaf, "")
-        module = ".".join(modules) if ending else ".".join([*modules, leaf])
-        if module in _EMBEDDINGS:
-            found[path] = Place(_EMBEDDINGS[module][original] + ending)
-            continue
-        _, number, module = module.split(".", 2)
-        prefix = f"blocks.{number}." if original else f"encoder.layer.{number}."
-        found[path] = Place(prefix + _BLOCK[module][original] + ending, *_BLOCK[module][2 + original])
+        names = [str(part) for part in path]
+        ending = _LEAVES.get(names[-1], "")
+        if ending:
+            names.pop()
+        prefix = ""
+        if names[0] == "layers":
+            prefix, names = f"{blocks}.{names[1]}.", names[2:]
+        place = table[".".join(names)]
+        found[path] = dataclasses.replace(place, key=prefix + place.key + ending)
     return found
 
 
@@ -223,7 +243,7 @@ def _load_original(name: str, weights: str, position_rule: str, dtype: str) -> D
     shapes = {key: array.shape for key, array in arrays.items()}
     # Arrays leave the dictionary as they are read, so that the file's copy shrinks while the model grows.
     return with_tensors(
-        abstract, places(abstract, original=True), shapes, arrays.pop, unused=_UNUSED[True], name=weights
+        abstract, places(abstract, original=True), shapes, arrays.pop, unused=[_ORIGINAL_MASK_TOKEN], name=weights
     )
 
 
