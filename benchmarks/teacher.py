@@ -6,6 +6,7 @@ The networks have their published sizes and random weights (those of the authors
 float16 bytes depend on the weights. The official layout of features takes 45.3 MB a key frame, 1.55 TB in all.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def random_teacher(teacher: Teacher) -> Teacher:
         fan_in = np.prod(leaf.shape[:-1])
         return jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), leaf.dtype)
 
-    return Teacher(teacher.graph, jax.tree.map(draw, teacher.parameters), teacher.feature_dim, None)
+    return dataclasses.replace(teacher, parameters=jax.tree.map(draw, teacher.parameters))
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:

@@ -89,9 +89,9 @@ def get_config(learning_rate: str = "script") -> ml_collections.ConfigDict:
     config.learn_positions = True  # False: zero and fixed, so that voxels know only what the images say
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "maskclip"
-    config.teacher.path = "openai/clip-vit-base-patch16"  # a hub name or a local Hugging Face CLIP folder
-    config.teacher.variant = "official_config"
+    config.teacher.name = "maskclip"  # or "maskclip_plus"; "dinov2" has no text side
+    config.teacher.path = "openai/clip-vit-base-patch16"  # a hub name or a local Hugging Face CLIP (DINOv2) folder
+    config.teacher.variant = "official_config"  # of "dinov2": "official" or "transformers"
     config.teacher.weights = ""  # of "maskclip_plus": a .pth or .safetensors file
     config.teacher.cache = ""  # folder of data_prep.teacher_features; empty: the teacher runs in the step
 

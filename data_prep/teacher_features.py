@@ -134,8 +134,8 @@ def _claim(folder: epath.Path, wanted: TeacherCacheIndex) -> None:
     if path.exists():
         found = json.loads(path.read_text())
         different = [name for name in ("teacher_fingerprint", "dtype") if found[name] != identity[name]]
-        settings = ("name", "variant", "image_hw")
-        different += [name for name in settings if found["teacher"][name] != identity["teacher"][name]]
+        settings = ("name", "variant", "feature", "image_hw")
+        different += [name for name in settings if found["teacher"].get(name) != identity["teacher"].get(name)]
         if found["records_fingerprints"].get(wanted.split, wanted.records_fingerprint) != wanted.records_fingerprint:
             different.append("records")
         if different:

@@ -31,9 +31,9 @@ from pop3d_jax.evaluator import (
 from pop3d_jax.experiment import example_settings
 from pop3d_jax.hosts import join_hosts
 from pop3d_jax.metrics import mean_iou
-from pop3d_jax.models.clip import load_clip
 from pop3d_jax.nuscenes import CLASS_NAMES, UNLABELLED
 from pop3d_jax.retrieval import PhraseScore, Retrieval, RetrievalError, embed_queries, read_queries
+from pop3d_jax.teacher import load_text_side
 from pop3d_jax.text import read_text_classifier
 from pop3d_jax.torch_files import WeightFileError
 from pop3d_jax.workdir import WorkdirError
@@ -81,7 +81,7 @@ def evaluate(
 
     text_cache = workdir / "text_cache"
     classifier = read_text_classifier(text_weights, config.model.feature_dim) if text_weights else None
-    evaluator = Evaluator(student, load_clip(config.teacher.path), trained.mesh, text_cache, classifier)
+    evaluator = Evaluator(student, load_text_side(config.teacher), trained.mesh, text_cache, classifier)
     retrieval = None
     if retrieval_dir:
         queries = read_queries(retrieval_dir, split)

@@ -25,11 +25,11 @@ from pop3d_jax.hosts import join_hosts
 from pop3d_jax.images import network_images
 from pop3d_jax.lidarseg import CLASSES, LidarsegError, devkit_scores, write_submission_meta, write_sweep
 from pop3d_jax.metrics import assign_classes, confusion_matrix
-from pop3d_jax.models.clip import load_clip
 from pop3d_jax.models.parameters import ArrayTree, merge_model
 from pop3d_jax.nuscenes import UNLABELLED
 from pop3d_jax.progress import progress
 from pop3d_jax.sharding import replicated, shard_batch
+from pop3d_jax.teacher import load_text_side
 from pop3d_jax.text import zero_shot_classifier
 from pop3d_jax.voxels import grid_coordinates
 from pop3d_jax.workdir import WorkdirError
@@ -69,7 +69,7 @@ def evaluate_lidarseg(
     batch_size = batch_size or config.eval_batch_size
     split = split or config.data.eval_split
     source = RecordSource(records or config.data.records, split)
-    classifier = zero_shot_classifier(load_clip(config.teacher.path), cache_dir=epath.Path(workdir) / "text_cache")
+    classifier = zero_shot_classifier(load_text_side(config.teacher), cache_dir=epath.Path(workdir) / "text_cache")
     text = jax.device_put((classifier.embeddings, classifier.classes), replicated(trained.mesh))
     batches = evaluation_batches(
         source,

@@ -28,7 +28,6 @@ from pop3d_jax.data.visibility import visible_pairs
 from pop3d_jax.evaluator import TrainedRun, load_run
 from pop3d_jax.experiment import example_settings
 from pop3d_jax.images import network_images
-from pop3d_jax.models.clip import load_clip
 from pop3d_jax.models.parameters import merge_model
 from pop3d_jax.progress import progress
 from pop3d_jax.protocol import retrieval_benchmark
@@ -44,7 +43,7 @@ from pop3d_jax.retrieval_benchmark import (
     score_query,
     summarise,
 )
-from pop3d_jax.teacher import Teacher, load_teacher
+from pop3d_jax.teacher import Teacher, check_text_side, load_teacher, load_text_side
 from pop3d_jax.torch_files import WeightFileError
 from pop3d_jax.voxels import grid_coordinates
 from pop3d_jax.workdir import WorkdirError
@@ -214,8 +213,9 @@ def evaluate_retrieval(
         raise RetrievalError(f"no key frame of the splits {', '.join(splits)} of {benchmark} is in the records")
 
     named = trained.config.teacher
+    check_text_side(named)
     loaded = load_teacher(named) if teacher else None
-    clip = loaded.clip if loaded else load_clip(named.path)
+    clip = loaded.clip if loaded else load_text_side(named)
     text = embed_queries(queries, clip, epath.Path(workdir) / "text_cache")
     look = PointFeatures(trained, loaded)
     scores: list[QueryScore] = []

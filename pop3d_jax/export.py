@@ -21,6 +21,7 @@ from pop3d_jax.grids.store import GridStoreError
 from pop3d_jax.grids.tables import write_parquet
 from pop3d_jax.hosts import join_hosts
 from pop3d_jax.inference import Predictor, find_sample
+from pop3d_jax.teacher import check_text_side
 from pop3d_jax.workdir import WorkdirError
 
 # Fewer bytes lose more than a point of retrieval on the demo's features (benchmarks/grid_precision.py).
@@ -68,6 +69,7 @@ def main(_: list[str]) -> None:
             rows = write_parquet(values.out, predictor, source, numbers, selection, overwrite=values.overwrite)
             print(f"{values.out}: {len(numbers)} key frames, {rows:,} voxels")
             return
+        check_text_side(config.teacher)  # a store is asked for phrases
         start = time.monotonic()
         store = export(
             predictor,

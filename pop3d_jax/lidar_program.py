@@ -32,11 +32,7 @@ def distillation_program(
     Raises:
       ValueError: teacher and student do not fit together, or the batch does not divide over the mesh.
     """
-    if teacher.feature_dim != config.model.output_channels:
-        raise ValueError(
-            f"teacher {config.teacher.path} has features of width {teacher.feature_dim}, the student's head has "
-            f"{config.model.output_channels}: set --config.model.output_channels={teacher.feature_dim}"
-        )
+    teacher.check_width(config.model.output_channels, "config.model.output_channels")
 
     def make_step(student: LidarStudent, optimizer: optax.GradientTransformation, groups: Any) -> Step:
         return make_distillation_step(

@@ -59,11 +59,7 @@ def training_program(
     Raises:
       ValueError: teacher and student do not fit together, or batch and views do not divide over the mesh.
     """
-    if teacher.feature_dim != config.model.feature_dim:
-        raise ValueError(
-            f"teacher {config.teacher.path} has features of width {teacher.feature_dim}, the student's head has "
-            f"{config.model.feature_dim}: set --config.model.feature_dim={teacher.feature_dim}"
-        )
+    teacher.check_width(config.model.feature_dim, "config.model.feature_dim")
     student = make_student(config)
     check_batch(config.batch_size, student.config.num_cameras, mesh)
     groups = parameter_groups(student.abstract_parameters, student.is_frozen)

@@ -23,8 +23,8 @@ from pop3d_jax.grids.answers import draw_hits, format_hits
 from pop3d_jax.grids.feature_grids import BACKGROUND_PHRASES, FeatureGrids
 from pop3d_jax.grids.store import GridStoreError
 from pop3d_jax.inference import Predictor, find_sample
-from pop3d_jax.models.clip import load_clip
 from pop3d_jax.pictures import draw_query
+from pop3d_jax.teacher import load_text_side
 from pop3d_jax.text import embed_phrases
 from pop3d_jax.voxels import voxel_centres
 from pop3d_jax.workdir import WorkdirError
@@ -72,7 +72,7 @@ def query(
     config = predictor.config
     source = RecordSource(records or config.data.records, split or config.data.eval_split)
     key_frame = source[find_sample(source, sample)]
-    clip = load_clip(config.teacher.path)
+    clip = load_text_side(config.teacher)
     phrase = embed_phrases(clip, [text], cache_dir=epath.Path(workdir) / "text_cache")[0]
 
     prediction = predictor(key_frame)

@@ -73,6 +73,12 @@ def tiny_clip_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def dinov2_folder() -> Path:
+    """A DINOv2 of random weights in Hugging Face format, from the free golden data."""
+    return _PROJECT / "tests" / "golden" / "clip" / "tiny_dinov2"
+
+
+@pytest.fixture(scope="session")
 def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
     """`make_once(name, make)`: the folder that `make(folder)` filled, once for all processes of the suite."""
     root = tmp_path_factory.getbasetemp()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -184,6 +185,26 @@ def test_an_unknown_sample_is_refused(small_run, tmp_path, sample):
 def test_an_empty_phrase_is_refused(small_run, tmp_path):
     with pytest.raises(ValueError, match="none of them empty"):
         query.query(small_run, "  ", "0", tmp_path / "answer.png")
+
+
+def test_a_run_whose_teacher_has_no_texts_answers_no_phrases(small_run, dinov2_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    config = json.loads((run / "config.json").read_text())
+    config["teacher"] |= {"name": "dinov2", "path": str(dinov2_folder)}
+    (run / "config.json").write_text(json.dumps(config))
+    for ask in (
+        lambda: query.query(run, "a tree", "0", tmp_path / "answer.png"),
+        lambda: evaluate.evaluate(run),
+        lambda: evaluate_lidarseg.evaluate_lidarseg(run),
+    ):
+        with pytest.raises(ValueError, match=r"teacher dinov2 \(.*tiny_dinov2\) has no text side"):
+            ask()
+    command = [sys.executable, "-m", "pop3d_jax.export", f"--workdir={run}", f"--out={tmp_path / 'grids.zarr'}"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 1
+    assert "tiny_dinov2) has no text side" in finished.stderr
+    assert not (tmp_path / "grids.zarr").exists()
 
 
 def test_what_is_missing_is_named(small_run, tmp_path):

@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +17,13 @@ from safetensors.numpy import load_file, save_file
 
 from pop3d_jax.models.clip import load_clip
 from pop3d_jax.models.deeplab import DeepLabV2
+from pop3d_jax.models.dinov2 import POSITION_RULES, DINOv2Teacher
+from pop3d_jax.models.dinov2_weights import load_dinov2
 from pop3d_jax.models.maskclip import MaskCLIP
 from pop3d_jax.models.maskclip import normalise as normalise_for_clip
 from pop3d_jax.models.maskclip_plus import fitted_hw, normalise, resize_pictures
 from pop3d_jax.models.maskclip_plus_weights import load_network, official_shapes
-from pop3d_jax.teacher import load_teacher
+from pop3d_jax.teacher import abstract_teacher, check_text_side, load_teacher, load_text_side, teacher_fingerprint
 
 BATCH, VIEWS, POINTS = 2, 2, 30
 
@@ -146,3 +152,118 @@ def test_settings_that_fit_no_teacher_are_named(teacher_config, tmp_path, tiny_c
     teacher_config.weights = str(save_network(tmp_path / "other.safetensors", 5))
     with pytest.raises(ValueError, match=r"other\.safetensors has features of width 5(.|\n)*config\.teacher\.path"):
         load_teacher(teacher_config)
+
+
+@pytest.fixture
+def dinov2_config(dinov2_folder):
+    return ml_collections.ConfigDict(
+        {"name": "dinov2", "path": str(dinov2_folder), "variant": "official", "weights": "", "feature": "x_pre_norm"}
+    )
+
+
+@pytest.fixture(scope="module")
+def dinov2_scene():
+    """Two key frames seen by one camera, on a grid that is not that of the position table."""
+    rng = np.random.default_rng(2)
+    images = rng.integers(0, 256, (BATCH, 1, 28, 70, 3)).astype(np.uint8)
+    pixels = np.stack([rng.integers(0, side, (BATCH, POINTS)) for side in images.shape[2:4]], -1)
+    return images, np.zeros((BATCH, POINTS), np.int32), pixels, ((pixels + 0.5) / [28, 70]).astype(np.float32)
+
+
+@pytest.mark.parametrize("feature", ["x_pre_norm", "x"])
+@pytest.mark.parametrize("rule", sorted(POSITION_RULES))
+def test_dinov2_teaches_with_one_camera(dinov2_config, dinov2_scene, rule, feature):
+    dinov2_config.variant, dinov2_config.feature = rule, feature
+    teacher = load_teacher(dinov2_config)
+    found = point_features(teacher, dinov2_scene)
+    network = load_dinov2(dinov2_config.path, position_rule=rule)
+    assert teacher.feature_dim == network.config.width == found.shape[-1]
+    assert teacher.clip is None
+
+    images, _, pixels, _ = dinov2_scene
+    read = nnx.jit(lambda model, pictures: model.dense_features(normalise(pictures)))
+    grids = np.asarray(read(DINOv2Teacher(network, feature), jnp.asarray(images[:, 0])), np.float64)
+    for example, grid in enumerate(grids):
+        row, column = (
+            pixels[example].T * (np.array(grid.shape[:2]) - 1)[:, None] / (np.array(images.shape[2:4]) - 1)[:, None]
+        )
+        # Tents around the cells: bilinear with the first and last pixel on the first and last cell.
+        vertical, horizontal = (
+            np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells)))
+            for position, cells in ((row, grid.shape[0]), (column, grid.shape[1]))
+        )
+        expected = np.einsum("pr,rcd,pc->pd", vertical, grid, horizontal)
+        np.testing.assert_allclose(found[example], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_clip_teaches_with_one_camera(teacher_config, scene):
+    images, _, pixels, shares = scene
+    teacher = load_teacher(teacher_config)
+    cameras = np.zeros((BATCH, POINTS), np.int32)
+    one = point_features(teacher, (images[:, :1], cameras, pixels, shares))
+    np.testing.assert_allclose(one, point_features(teacher, (images, cameras, pixels, shares)), atol=1e-5)
+
+
+def test_settings_of_dinov2(dinov2_config, dinov2_folder):
+    rules = load_teacher(dinov2_config), abstract_teacher(dinov2_config)
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), teacher.parameters) for teacher in rules]
+    assert shapes[0] == shapes[1]
+    assert len(teacher_fingerprint(rules[0])) == 64
+    with pytest.raises(ValueError, match=rf"dinov2 \({dinov2_folder}\) .* width 48, .* has 512: set --config.a=48"):
+        rules[0].check_width(512, "config.a")
+    dinov2_config.variant = "official_config"
+    for load in (load_teacher, abstract_teacher):
+        with pytest.raises(ValueError, match=r"--config\.teacher\.variant to one of official, transformers"):
+            load(dinov2_config)
+    dinov2_config.variant, dinov2_config.feature = "official", "x_norm"
+    with pytest.raises(ValueError, match="x_pre_norm"):
+        load_teacher(dinov2_config)
+
+
+def test_a_teacher_without_texts_is_named(dinov2_config, teacher_config, dinov2_folder):
+    for ask in (check_text_side, load_text_side):
+        with pytest.raises(ValueError, match=rf"dinov2 \({dinov2_folder}\) has no text side"):
+            ask(dinov2_config)
+    check_text_side(teacher_config)
+    assert load_text_side(teacher_config).model.vision.config.embedding == load_teacher(teacher_config).feature_dim
+
+
+def test_one_camera_over_a_data_axis(dinov2_config, dinov2_scene, tmp_path):
+    """Each of two devices its own key frame: the same features as on one device."""
+    program = """
+        import sys
+        import jax, ml_collections, numpy as np
+        from pop3d_jax.sharding import check_batch, make_mesh, replicated, shard_batch
+        from pop3d_jax.teacher import load_teacher
+
+        try:
+            check_batch(2, 1, make_mesh(1, 2))
+        except ValueError as error:
+            assert "config.mesh.camera = 2 does not divide the 1 views" in str(error)
+        else:
+            raise AssertionError("one view over two devices was accepted")
+        teacher = load_teacher(ml_collections.ConfigDict(dict(name="dinov2", path=sys.argv[1], variant="official")))
+        with np.load(sys.argv[2]) as scene:
+            batch = {name: scene[name] for name in ("images", "cameras", "shares")}
+        mesh = make_mesh(2, 1)
+        parameters = jax.device_put(teacher.parameters, replicated(mesh))
+        arrays = shard_batch(batch, mesh)
+        with jax.set_mesh(mesh):
+            found = jax.jit(teacher.point_features)(parameters, *arrays.values())
+        assert {shard.data.shape[0] for shard in found.addressable_shards} == {1}, found.sharding
+        np.save(sys.argv[3], np.asarray(found))
+    """
+    images, cameras, _, shares = dinov2_scene
+    np.savez(tmp_path / "scene.npz", images=images, cameras=cameras, shares=shares)
+    files = [str(tmp_path / name) for name in ("scene.npz", "found.npy")]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    finished = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), dinov2_config.path, *files],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    expected = point_features(load_teacher(dinov2_config), dinov2_scene)
+    np.testing.assert_allclose(np.load(files[1]), expected, rtol=0, atol=1e-5 * np.abs(expected).max())

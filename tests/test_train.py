@@ -148,6 +148,16 @@ def test_a_teacher_of_another_width_is_refused(tmp_path, small_config):
         train(small_config, tmp_path)
 
 
+def test_evaluation_in_a_training_needs_a_teacher_with_texts(tmp_path, small_config, dinov2_folder):
+    small_config.teacher.name, small_config.teacher.path = "dinov2", str(dinov2_folder)
+    small_config.teacher.variant = "official"
+    with pytest.raises(ValueError, match=r"tiny_dinov2\) has no text side.*--config\.eval_every=0"):
+        train(small_config, tmp_path)
+    small_config.eval_every = 0
+    with pytest.raises(ValueError, match=r"tiny_dinov2\) .* width 48.*--config\.model\.feature_dim=48"):
+        train(small_config, tmp_path)
+
+
 def test_a_workdir_of_another_experiment_is_refused(tmp_path, small_config):
     (tmp_path / "config.json").write_text(small_config.to_json())
     small_config.optim.learning_rate = 0.5

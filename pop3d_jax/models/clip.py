@@ -4,7 +4,6 @@ Config and tokenizer are read by `transformers`, weights from safetensors (one f
 """
 
 import dataclasses
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,13 +13,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pop3d_jax.models.clip_towers import TextConfig, TextTower, VisionConfig, VisionTower
-
-# Before transformers is imported: it would advise to install PyTorch.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+from pop3d_jax.models.hugging_face import (
+    Place,
+    find_folder,
+    open_tensors,
+    read_config,
+    to_published,
+    weight_files,
+    with_tensors,
+)
 
 # Our parameter paths -> the names `transformers` gives them. Blocks have the same names in both.
 _RENAMES = (
@@ -50,7 +54,6 @@ _PUBLISHED = {
         TextConfig(vocabulary=49_408, positions=77, end_token=49_407, width=512, heads=8, mlp_width=2048, **_COMMON),
     )
 }
-_CONVERSION_AUTHOR, _CONVERSION_TITLE = "SFconvertbot", "Adding `safetensors` variant of this model"
 
 
 class CLIP(nnx.Module):
@@ -119,12 +122,14 @@ def load_clip(name_or_path: str | os.PathLike[str], *, dtype: str = "float32") -
         are not exactly those of its config (all missing, unknown and misshapen keys are listed).
     """
     name = os.fspath(name_or_path)
-    folder = Path(name) if Path(name).is_dir() else _download(name)
-    config = _read_config(folder, name)
-    weights = _weight_files(folder, name)
+    folder = find_folder(name, "CLIP")
+    config = read_config(folder, name, "CLIP", ["clip"])
+    weights = weight_files(folder, name, "CLIPModel")
     vision, text = tower_configs(config)
     abstract = nnx.eval_shape(lambda: CLIP(vision, text, dtype=dtype, rngs=nnx.Rngs(0)))
-    model = _with_weights(abstract, weights, name)
+    places = {path: Place(key) for path, key, _ in _named_parameters(abstract)}
+    with open_tensors(weights) as (shapes, read):
+        model = with_tensors(abstract, places, shapes, read, unused=_BUFFERS, name=name)
     tokenizer = _read_tokenizer(folder, name)
     if len(tokenizer) > text.vocabulary:
         raise ValueError(
@@ -147,7 +152,7 @@ def abstract_clip(name_or_path: str | os.PathLike[str], *, dtype: str = "float32
     """
     name = os.fspath(name_or_path)
     if Path(name).is_dir():
-        vision, text = tower_configs(_read_config(Path(name), name))
+        vision, text = tower_configs(read_config(Path(name), name, "CLIP", ["clip"]))
     elif name in _PUBLISHED:
         vision, text = _PUBLISHED[name]
     else:
@@ -175,7 +180,7 @@ def save_clip(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        key: np.array(_to_published(np.asarray(parameter[...], np.float32), path), order="C")
+        key: np.array(to_published(np.asarray(parameter[...], np.float32), path), order="C")
         for path, key, parameter in _named_parameters(model)
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -185,46 +190,6 @@ def save_clip(
     tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for older readers
     if readme is not None:
         (folder / "README.md").write_text(readme)
-
-
-def _download(name: str) -> Path:
-    if (name.count("/") > 1 and "@" not in name) or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no such folder: {name}")
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    name, _, revision = name.partition("@")
-    patterns = ["*.json", "*.txt", "model*.safetensors"]
-    try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-        if not any(folder.glob("model*.safetensors")) and not revision:
-            # OpenAI's older repositories have safetensors only in a pull request of the hub's conversion bot.
-            pulls = HfApi().get_repo_discussions(name, author=_CONVERSION_AUTHOR, discussion_type="pull_request")
-            for pull in pulls:
-                if pull.title == _CONVERSION_TITLE:
-                    return Path(snapshot_download(name, revision=pull.git_reference, allow_patterns=patterns))
-        return folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise FileNotFoundError(
-            f"{name} is neither a folder here nor a model that could be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {error}). Check the name and the network, or give a local CLIP folder"
-        ) from error
-
-
-def _read_config(folder: Path, name: str) -> Any:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{name} is no CLIP folder: it has no config.json (Hugging Face format)")
-    from transformers import AutoConfig
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # transformers leaves the file for the garbage collector
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{name} is no CLIP folder: transformers cannot read its config.json: {error}") from error
-    if config.model_type != "clip":
-        raise ValueError(f"{name} is no CLIP: its config.json says model_type {config.model_type!r}")
-    return config
 
 
 def _read_tokenizer(folder: Path, name: str) -> Any:
@@ -237,31 +202,6 @@ def _read_tokenizer(folder: Path, name: str) -> Any:
         return AutoTokenizer.from_pretrained(folder)
 
 
-def _weight_files(folder: Path, name: str) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        places = json.loads(index.read_text())["weight_map"]
-        absent = sorted({file for file in places.values() if not (folder / file).is_file()})
-        if absent:
-            raise FileNotFoundError(f"{name}: shards named by {index.name} are missing: {', '.join(absent)}")
-        return {key: folder / file for key, file in places.items()}
-    single = folder / "model.safetensors"
-    if single.is_file():
-        try:
-            with safe_open(single, framework="numpy") as file:
-                return dict.fromkeys(file.keys(), single)
-        except SafetensorError as error:
-            raise ValueError(f"{single} is no whole safetensors file: {error}") from error
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise ValueError(
-            f"{name} has weights in PyTorch's format only. Convert them once, where torch is installed: python -c "
-            f"\"from transformers import CLIPModel; CLIPModel.from_pretrained('{name}').save_pretrained('OUT')\", "
-            "copy the tokenizer files beside them, and name OUT"
-        )
-    raise FileNotFoundError(f"{name} has no weights: neither model.safetensors nor {index.name}")
-
-
 def _named_parameters(model: CLIP) -> Iterator[tuple[tuple[Any, ...], str, nnx.Variable]]:
     """(our path, published key, parameter) of every parameter."""
     for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -269,50 +209,3 @@ def _named_parameters(model: CLIP) -> Iterator[tuple[tuple[Any, ...], str, nnx.V
         ours, published = next(rename for rename in _RENAMES if key.startswith(rename[0]))
         key = published + key.removeprefix(ours)
         yield path, key.replace(".kernel", ".weight").replace(".scale", ".weight"), parameter
-
-
-def _to_published(array: np.ndarray, path: tuple[Any, ...]) -> np.ndarray:
-    """Our layout to PyTorch's: linear [in, out] to [out, in], patches HWIO to OIHW. `_from_published` undoes it."""
-    if path[-1] == "kernel":
-        return array.T
-    return array.transpose(3, 2, 0, 1) if path[-1] == "patch_embedding" else array
-
-
-def _from_published(array: np.ndarray, path: tuple[Any, ...]) -> np.ndarray:
-    if path[-1] == "kernel":
-        return array.T
-    return array.transpose(2, 3, 1, 0) if path[-1] == "patch_embedding" else array
-
-
-def _published_shape(shape: tuple[int, ...], path: tuple[Any, ...]) -> tuple[int, ...]:
-    return _to_published(np.broadcast_to(np.float32(0), shape), path).shape
-
-
-def _with_weights(abstract: CLIP, files: dict[str, Path], name: str) -> CLIP:
-    """The model with the tensors of the files, after a strict check of keys and shapes."""
-    wanted = {key: (path, parameter) for path, key, parameter in _named_parameters(abstract)}
-    given: dict[str, np.ndarray] = {}
-    for file in sorted(set(files.values())):
-        with safe_open(file, framework="numpy") as opened:
-            held = set(opened.keys())
-            given |= {key: opened.get_tensor(key) for key, place in files.items() if place == file and key in held}
-    missing = sorted(set(wanted) - set(given))
-    unknown = sorted(set(given) - set(wanted) - set(_BUFFERS))
-    misshapen = [
-        f"{key}: {given[key].shape}, the config says {shape}"
-        for key, (path, parameter) in sorted(wanted.items())
-        if key in given and given[key].shape != (shape := _published_shape(parameter.shape, path))
-    ]
-    problems = [
-        f"{len(keys)} {title}:\n    " + "\n    ".join(keys)
-        for title, keys in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
-        if keys
-    ]
-    if problems:
-        raise ValueError(f"{name}: the tensors are not those of its config\n  " + "\n  ".join(problems))
-    graph, _ = nnx.split(abstract)
-    flat = [
-        (path, parameter.replace(jnp.asarray(_from_published(given[key], path), jnp.float32)))
-        for key, (path, parameter) in wanted.items()
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -1,5 +1,7 @@
 """The two towers of CLIP (Radford et al. 2021) as NNX modules, in the arithmetic of the `transformers` models.
 
+Attention, MLP and the resizing of positions are DINOv2's too (`pop3d_jax.models.dinov2`).
+
 Parameters are float32; `dtype` is what matrix products are computed in. Softmax and LayerNorm statistics stay
 in float32. Pictures are channels-last, RGB, already normalised (see `pop3d_jax.models.maskclip.normalise`).
 """
@@ -53,6 +55,8 @@ class TextConfig:
 # Queries that attend at once. The score matrix of a 900 x 1600 picture in patches of 16 has 32 million entries a
 # head: computed whole, a batch of six such pictures would need gigabytes for nothing.
 _QUERIES_AT_ONCE = 512
+# So many tokens attend whole: DINOv2 sees 513 of a 224 x 448 picture, and one more than a part is no reason for two.
+_WHOLE_UP_TO = 1024
 
 
 class VisionOutput(NamedTuple):
@@ -83,13 +87,18 @@ class TextOutput(NamedTuple):
     text_features: Array
 
 
-def bicubic_matrix(inputs: int, outputs: int) -> Float[np.ndarray, "outputs inputs"]:
+def bicubic_matrix(inputs: int, outputs: int, offset: float = 0.0) -> Float[np.ndarray, "outputs inputs"]:
     """Weights of PyTorch's bicubic resizing of one axis: a = -0.75, half-pixel centres, clamped border, no antialias.
 
     `jax.image.resize` differs in all three (a = -0.5, renormalised border, antialias), so this is our own.
+
+    Args:
+      inputs, outputs: cells before and after.
+      offset: the step from cell to cell is inputs / (outputs + offset), as where PyTorch is given the scale factor
+        (outputs + offset) / inputs in place of the size.
     """
     a = -0.75
-    centres = (np.arange(outputs) + 0.5) * inputs / outputs - 0.5
+    centres = (np.arange(outputs) + 0.5) * inputs / (outputs + offset) - 0.5
     first = np.floor(centres).astype(int)
     weights = np.zeros((outputs, inputs))
     for tap in range(-1, 3):
@@ -102,13 +111,15 @@ def bicubic_matrix(inputs: int, outputs: int) -> Float[np.ndarray, "outputs inpu
 
 
 def resize_position_embedding(
-    table: Float[Array, "positions width"], grid: tuple[int, int]
+    table: Float[Array, "positions width"], grid: tuple[int, int], *, offset: float = 0.0, antialias: bool = False
 ) -> Float[Array, "resized width"]:
     """Position embedding for another patch grid: bicubic over the square grid, class row untouched.
 
     Args:
       table: class row first, then a square grid in row-major order.
       grid: (rows, columns) wanted.
+      offset: see `bicubic_matrix`; not together with antialias.
+      antialias: PyTorch's antialiased bicubic resizing, which is JAX's.
 
     Raises:
       ValueError: the table without its class row is no square.
@@ -118,13 +129,34 @@ def resize_position_embedding(
         raise ValueError(f"a position embedding of {table.shape[0]} rows is no class row and a square grid")
     if grid == (side, side):
         return table
-    rows, columns = (jnp.asarray(bicubic_matrix(side, size)) for size in grid)
     patches = table[1:].reshape(side, side, -1)
-    resized = jnp.einsum("ri,cj,ijw->rcw", rows, columns, patches, precision=jax.lax.Precision.HIGHEST)
+    if antialias:
+        resized = jax.image.resize(patches, (*grid, table.shape[1]), "cubic")
+    else:
+        rows, columns = (jnp.asarray(bicubic_matrix(side, size, offset)) for size in grid)
+        resized = jnp.einsum("ri,cj,ijw->rcw", rows, columns, patches, precision=jax.lax.Precision.HIGHEST)
     return jnp.concatenate([table[:1], resized.reshape(grid[0] * grid[1], -1)])
 
 
-def _layer_norm(width: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def embed_patches(
+    images: Float[Array, "batch height width 3"], kernel: Float[Array, "patch patch 3 dim"]
+) -> Float[Array, "batch rows columns dim"]:
+    """Every patch of the pictures as one token, without positions.
+
+    Raises:
+      ValueError: height or width is no multiple of the patch size.
+    """
+    patch = kernel.shape[0]
+    batch, height, width, _ = images.shape
+    if height % patch or width % patch:
+        raise ValueError(f"image of {height} x {width} pixels is no multiple of the patch size {patch}")
+    # A convolution whose stride is its kernel is one matrix product; XLA's convolution is slower here.
+    patches = images.reshape(batch, height // patch, patch, width // patch, patch, 3)
+    return jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel)
+
+
+def layer_norm(width: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the last axis, in two passes."""
     # The fast variance (mean of squares minus squared mean) cancels for tokens with a large mean.
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
@@ -132,13 +164,15 @@ def _layer_norm(width: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) ->
 class SelfAttention(nnx.Module):
     """Multi-head self-attention with separate query, key, value and output projections."""
 
-    def __init__(self, width: int, heads: int, *, causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, heads: int, *, causal: bool, qkv_bias: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         if width % heads:
             raise ValueError(f"{heads} heads do not divide the width {width}")
         self.heads, self.causal = heads, causal
-        self.q_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.q_proj = nnx.Linear(width, width, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.k_proj = nnx.Linear(width, width, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.v_proj = nnx.Linear(width, width, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.out_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
@@ -146,7 +180,7 @@ class SelfAttention(nnx.Module):
             projection(x).reshape(*x.shape[:2], self.heads, -1)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.causal or x.shape[1] <= _QUERIES_AT_ONCE:
+        if self.causal or x.shape[1] <= _WHOLE_UP_TO:
             mixed = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
         else:
             mixed = _attend_in_parts(query, key, value)
@@ -169,11 +203,11 @@ def _attend_in_parts(
 
 
 class MLP(nnx.Module):
-    """Two linear layers with CLIP's activation between."""
+    """Two linear layers with an activation between."""
 
     def __init__(self, width: int, hidden: int, activation: str, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         if activation not in _ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r} in a CLIP config: known are {sorted(_ACTIVATIONS)}")
+            raise ValueError(f"unknown activation {activation!r} in a config: known are {sorted(_ACTIVATIONS)}")
         self.activation = activation
         self.fc1 = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(hidden, width, dtype=dtype, rngs=rngs)
@@ -187,9 +221,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: VisionConfig | TextConfig, *, causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, epsilon = config.width, config.layer_norm_epsilon
-        self.layer_norm1 = _layer_norm(width, epsilon, dtype, rngs)
+        self.layer_norm1 = layer_norm(width, epsilon, dtype, rngs)
         self.self_attn = SelfAttention(width, config.heads, causal=causal, dtype=dtype, rngs=rngs)
-        self.layer_norm2 = _layer_norm(width, epsilon, dtype, rngs)
+        self.layer_norm2 = layer_norm(width, epsilon, dtype, rngs)
         self.mlp = MLP(width, config.mlp_width, config.activation, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
@@ -211,9 +245,9 @@ class VisionTower(nnx.Module):
         )
         self.position_embedding = nnx.Param(normal(rngs.params(), (positions, width)))
         compute = jnp.dtype(dtype)
-        self.pre_layernorm = _layer_norm(width, config.layer_norm_epsilon, compute, rngs)
+        self.pre_layernorm = layer_norm(width, config.layer_norm_epsilon, compute, rngs)
         self.layers = nnx.List(Block(config, causal=False, dtype=compute, rngs=rngs) for _ in range(config.layers))
-        self.post_layernorm = _layer_norm(width, config.layer_norm_epsilon, compute, rngs)
+        self.post_layernorm = layer_norm(width, config.layer_norm_epsilon, compute, rngs)
         self.projection = nnx.Linear(width, config.embedding, use_bias=False, dtype=compute, rngs=rngs)
 
     def embed(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch tokens dim"]:
@@ -222,17 +256,11 @@ class VisionTower(nnx.Module):
         Raises:
           ValueError: height or width is no multiple of the patch size.
         """
-        patch = self.config.patch_size
-        batch, height, width, _ = images.shape
-        if height % patch or width % patch:
-            raise ValueError(f"image of {height} x {width} pixels is no multiple of the patch size {patch}")
-        rows, columns = height // patch, width // patch
         dtype = jnp.dtype(self.dtype)
-        # A convolution whose stride is its kernel is one matrix product; XLA's convolution is slower here.
-        patches = images.astype(dtype).reshape(batch, rows, patch, columns, patch, 3)
-        kernel = self.patch_embedding[...].astype(dtype)
-        tokens = jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel).reshape(batch, rows * columns, -1)
-        first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (batch, 1, self.config.width))
+        tokens = embed_patches(images.astype(dtype), self.patch_embedding[...].astype(dtype))
+        batch, rows, columns, width = tokens.shape
+        tokens = tokens.reshape(batch, rows * columns, width)
+        first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (batch, 1, width))
         positions = resize_position_embedding(self.position_embedding[...], (rows, columns))
         return jnp.concatenate([first, tokens], axis=1) + positions.astype(dtype)
 
@@ -259,7 +287,7 @@ class TextTower(nnx.Module):
         self.position_embedding = nnx.Param(normal(rngs.params(), (config.positions, config.width)))
         compute = jnp.dtype(dtype)
         self.layers = nnx.List(Block(config, causal=True, dtype=compute, rngs=rngs) for _ in range(config.layers))
-        self.final_layer_norm = _layer_norm(config.width, config.layer_norm_epsilon, compute, rngs)
+        self.final_layer_norm = layer_norm(config.width, config.layer_norm_epsilon, compute, rngs)
         self.projection = nnx.Linear(config.width, config.embedding, use_bias=False, dtype=compute, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "batch length"]) -> TextOutput:

@@ -195,9 +195,24 @@ def sample_at_points(
       camera: which picture each point is read from; must be a valid index.
       pixel: (row, column) as shares of the picture that the grid covers, pixel centres (see `normalised_pixels`).
     """
+    size = jnp.array(features.shape[1:3], jnp.float32)
+    return sample_cells(features, camera, pixel * size - 0.5)
+
+
+def sample_cells(
+    features: Float[Array, "camera rows columns dim"],
+    camera: Int[Array, " points"],
+    position: Float[Array, "points 2"],
+) -> Float[Array, "points dim"]:
+    """Reads patch features bilinearly between cells.
+
+    Args:
+      features: one grid per camera.
+      camera: which grid each point is read from; must be a valid index.
+      position: (row, column) in cells, 0 the centre of the first one; clamped at the first and the last.
+    """
     rows, columns = features.shape[1:3]
-    size = jnp.array([rows, columns], jnp.float32)
-    position = jnp.clip(pixel * size - 0.5, 0.0, size - 1.0)
+    position = jnp.clip(position, 0.0, jnp.array([rows - 1, columns - 1], jnp.float32))
     low = jnp.floor(position)
     weight = (position - low).astype(features.dtype)
     low = low.astype(jnp.int32)

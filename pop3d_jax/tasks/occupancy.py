@@ -16,7 +16,7 @@ from pop3d_jax.schedules import make_schedule
 from pop3d_jax.sharding import replicated
 from pop3d_jax.step import State, initial_state
 from pop3d_jax.tasks.task import Task
-from pop3d_jax.teacher import Teacher, load_teacher, teacher_fingerprint
+from pop3d_jax.teacher import Teacher, check_text_side, load_teacher, teacher_fingerprint
 
 
 def occupancy_task(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh) -> Task:
@@ -30,6 +30,8 @@ def occupancy_task(config: ml_collections.ConfigDict, workdir: epath.Path, mesh:
     Raises:
       RecordError, WeightFileError, FileNotFoundError, ValueError: see the messages.
     """
+    if config.eval_every:  # before the first step, not at the first evaluation
+        check_text_side(config.teacher, "set --config.eval_every=0 to train without evaluation")
     source = RecordSource(config.data.records, config.data.train_split)
     settings = example_settings(config, training=True)
     total_steps = number_of_steps(config, len(source))
@@ -104,10 +106,11 @@ def _teacher_cache(config: ml_collections.ConfigDict, teacher: Teacher, source: 
         return None
     cache = TeacherCache(config.teacher.cache, config.data.train_split, source.fingerprint)
     same_settings = all(
-        cache.index.teacher[name] == value
+        cache.index.teacher.get(name) == value
         for name, value in (
             ("name", config.teacher.name),
             ("variant", config.teacher.variant),
+            ("feature", config.teacher.get("feature")),
             ("image_hw", list(config.data.teacher_image_hw)),
         )
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pop3d_jax.verification import (
+    dinov2,
     full_size,
     labels_and_geometry,
     maskclip_plus,
@@ -53,6 +54,8 @@ FAMILIES: tuple[tuple[str, Callable[[GoldenFile], Iterator[Check]]], ...] = (
     ("scalr_training", scalr_training.learning_rates),
     ("scalr_training", scalr_training.layer_decay),
     ("scalr_training", scalr_training.scores),
+    ("dinov2", dinov2.stages),
+    ("dinov2", dinov2.teacher),
     (FULL_SIZE, full_size.full_size),
 )
 

@@ -44,6 +44,7 @@ def test_attention_in_parts_is_attention(loaded, monkeypatch):
     side = 4 * tower.config.patch_size
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, side, side, 3)), jnp.float32)
     whole = nnx.jit(lambda tower, x: tower(x).patch_features)(tower, images)
+    monkeypatch.setattr("pop3d_jax.models.clip_towers._WHOLE_UP_TO", 13)
     monkeypatch.setattr("pop3d_jax.models.clip_towers._QUERIES_AT_ONCE", 13)
     parts = nnx.jit(lambda tower, x: tower(x).patch_features)(tower, images)
     np.testing.assert_allclose(parts, whole, atol=1e-6)
