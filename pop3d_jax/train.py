@@ -27,6 +27,7 @@ from pop3d_jax.data.records import RecordError, RecordSource
 from pop3d_jax.data.teacher_cache import TeacherCache
 from pop3d_jax.evaluator import Evaluator, headline
 from pop3d_jax.experiment import build_student, example_settings
+from pop3d_jax.grids.selection import configured_selection
 from pop3d_jax.hosts import STOPPED_STATUS, StopRequest, join_hosts
 from pop3d_jax.optim import cosine_with_warmup
 from pop3d_jax.program import number_of_steps, training_program
@@ -71,6 +72,7 @@ def train(
       WorkdirError, CheckpointError, RecordError, ValueError: see the messages.
     """
     workdir = epath.Path(workdir)
+    configured_selection(config)  # refused now, not when the run is to be exported
 
     # ------------------------------------------------------------------------------------------ data
     mesh = make_mesh(config.mesh.data, config.mesh.camera)
@@ -193,7 +195,7 @@ def train(
                 seconds,
             )
         if config.eval_every and (done % config.eval_every == 0 or done == last_step):
-            evaluator = evaluator or Evaluator(student, teacher.clip, mesh)
+            evaluator = evaluator or Evaluator(student, teacher.clip, mesh, workdir / "text_cache")
             eval_source = RecordSource(config.data.records, config.data.eval_split)
             results = evaluator.run(
                 state["parameters"],

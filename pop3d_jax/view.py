@@ -6,13 +6,14 @@ a time slider. It knows the phrases of --text and the background phrases; with -
 machine instead, and any phrase can be typed into it.
 """
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 from pop3d_jax.commands import run, stop_with_message
 from pop3d_jax.data.records import RecordError, RecordSource
-from pop3d_jax.grids.feature_grids import BACKGROUND_PHRASES, FeatureGrids
+from pop3d_jax.grids.feature_grids import FeatureGrids
 from pop3d_jax.grids.store import GridStoreError
+from pop3d_jax.shared_flags import define_phrase_flags, define_records_flags
 from pop3d_jax.viewer.page import render_page
 from pop3d_jax.viewer.recording import write_recording
 from pop3d_jax.viewer.scene import PhraseScorer, default_classifier, read_scene, scene_json
@@ -21,17 +22,9 @@ from pop3d_jax.viewer.server import is_loopback, make_server
 
 def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
-    flags.DEFINE_string("grids", None, "Store that pop3d_jax.export wrote.")
-    flags.DEFINE_string("sample", "0", "Sample token, or number of the key frame in the store; its scene is shown.")
+    define_phrase_flags()
+    define_records_flags()
     flags.DEFINE_integer("key_frames", None, "At most so many of the scene, the nearest in time.", lower_bound=1)
-    flags.DEFINE_multi_string("text", [], "Phrase that the page can colour by; may be given several times.")
-    flags.DEFINE_multi_string(
-        "background", list(BACKGROUND_PHRASES), "What a phrase must beat; the page knows them too."
-    )
-    flags.DEFINE_float("threshold", 0.0, "By how much, to count as present.")
-    flags.DEFINE_string("text_tower", None, "CLIP folder or hub name; the trained run's by default.")
-    flags.DEFINE_string("records", None, "Folder of the records; those that the grids were exported from by default.")
-    flags.DEFINE_string("split", None, "Split of the records; likewise.")
     flags.DEFINE_string("out", "scene.html", "Page to write.")
     flags.DEFINE_string("rrd", None, "Also write a recording for the Rerun viewer here (pip install rerun-sdk).")
     flags.DEFINE_bool("serve", False, "Serve the page instead of writing it: any phrase can be typed.")
@@ -41,9 +34,10 @@ def _define_flags() -> None:
 
 def main(_: list[str]) -> None:
     values = flags.FLAGS
-    if any(not phrase.strip() for phrase in (*values.text, *values.background)):
-        raise app.UsageError("--text and --background must not be empty")
+    phrases = [*(values.text or ()), *values.background]
     with stop_with_message(RecordError, GridStoreError, ValueError, OSError):
+        if not all(phrase.strip() for phrase in phrases):
+            raise ValueError("--text and --background must not be empty")
         grids = FeatureGrids.open(values.grids, text_tower=values.text_tower)
         attributes = grids.store.attributes
         records = values.records or attributes["config"]["data"]["records"]
@@ -53,9 +47,9 @@ def main(_: list[str]) -> None:
         scorer = PhraseScorer(scene, grids, values.background, values.threshold)
         classifier = default_classifier(grids)
         if values.rrd:
-            write_recording(values.rrd, scene, values.text, grids.clip, classifier)
+            write_recording(values.rrd, scene, values.text or (), grids.clip, classifier)
             logging.info("recording: %s", values.rrd)
-        content = scene_json(scene, first, scorer, [*values.text, *values.background], classifier)
+        content = scene_json(scene, first, scorer, phrases, classifier)
         if values.serve:
             _serve(render_page(content, live=True), scorer, values.host, values.port)
             return

@@ -108,7 +108,9 @@ def test_a_run_leaves_what_a_reader_needs(small_run):
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",
+        "text_cache",
     }
+    assert len(list((small_run / "text_cache").glob("text_*.npy"))) == 1
     rows = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
     assert any("eval/occupancy_iou" in row for row in rows)
 

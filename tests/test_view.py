@@ -294,6 +294,7 @@ def test_what_is_wrong_is_said_in_a_line(small_grids, tmp_path):
     for flags, words in (
         ([f"--grids={tmp_path}"], "holds no feature grids"),
         ([f"--grids={small_grids}", "--sample=99"], "--sample=99"),
+        ([f"--grids={small_grids}", "--text="], "error: --text and --background must not be empty"),
         ([f"--grids={small_grids}", "--split=val"], "--records and --split"),
         ([f"--grids={small_grids}", f"--records={tmp_path}"], str(tmp_path)),
         ([f"--grids={small_grids}", f"--out={tmp_path}"], f"Is a directory: '{tmp_path}'"),
@@ -302,4 +303,5 @@ def test_what_is_wrong_is_said_in_a_line(small_grids, tmp_path):
         assert done.returncode == 1, (flags, done.stderr)
         assert words in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
+        assert "USAGE" not in done.stdout + done.stderr
     assert not (tmp_path / "scene.html").exists()

@@ -16,7 +16,8 @@ from PIL import Image
 
 from pop3d_jax.data.records import KeyFrame, RecordSource
 from pop3d_jax.geometry import lidar_to_image
-from pop3d_jax.grids.feature_grids import BACKGROUND_PHRASES, FeatureGrids, KeyFrameGrid, rivals_of
+from pop3d_jax.grids.background import BACKGROUND_PHRASES, largest_lead
+from pop3d_jax.grids.feature_grids import FeatureGrids, KeyFrameGrid
 from pop3d_jax.metrics import class_logits, prompt_logits
 from pop3d_jax.nuscenes import CAMERAS, CLASS_COLOURS, CLASS_NAMES, EMPTY, UNLABELLED
 from pop3d_jax.text import TextClassifier, embed_phrases, zero_shot_classifier
@@ -112,7 +113,7 @@ class PhraseScorer:
         self._scene, self._clip, self._threshold = scene, grids.clip, threshold
         self.background = tuple(background)
         self._known: dict[str, np.ndarray] = {}
-        self._behind: list[np.ndarray] = []
+        self._behind = [np.zeros((len(directions), 0), np.float32) for directions in scene.directions]
         if self.background:
             vectors = embed_phrases(self._clip, self.background, cache_dir=user_text_cache())
             self._known = dict(zip(self.background, vectors, strict=True))
@@ -128,22 +129,11 @@ class PhraseScorer:
         similarities = [directions @ vector for directions in self._scene.directions]
         everywhere = np.concatenate(similarities)
         low, high = _range(everywhere)
-        columns = rivals_of(text, self.background)
         verdicts = []
-        for frame, similarity in enumerate(similarities):
-            if not columns or not len(similarity):
-                verdicts.append({"margin": None, "present": bool(len(similarity)), "rival": ""})
-                continue
-            behind = self._behind[frame][:, columns]
-            lead = similarity - behind.max(-1)
-            most = int(np.argmax(lead))
-            verdicts.append(
-                {
-                    "margin": float(lead[most]),
-                    "present": bool(lead[most] >= self._threshold),
-                    "rival": self.background[columns[int(np.argmax(behind[most]))]],
-                }
-            )
+        for similarity, behind in zip(similarities, self._behind, strict=True):
+            margin, rival = largest_lead(similarity, behind, text, self.background)
+            finite = margin if np.isfinite(margin) else None  # JSON has no infinity
+            verdicts.append({"margin": finite, "present": margin >= self._threshold, "rival": rival})
         colours = np.quantile(everywhere, _COLOUR_QUANTILES) if everywhere.size else (0.0, 1.0)
         return {
             "text": text,

@@ -90,15 +90,13 @@ def test_similarities_are_cosines_in_eight_bits(scene, grids, content):
             np.testing.assert_allclose(phrase["low"] + step * decoded(stored), cosines, atol=0.51 * step)
 
 
-def test_the_verdict_is_that_of_the_search(grids, scene, scorer):
-    for phrase in ("a red car", "road", "a tall tree"):
-        answer = scorer(phrase)
-        hits = {hit.sample_token: hit for hit in grids.search(phrase, top=len(grids), background=BACKGROUND)}
-        for grid, verdict in zip(scene.grids, answer["verdicts"], strict=True):
-            hit = hits[grid.sample_token]
-            assert verdict["margin"] == pytest.approx(hit.margin, abs=1e-5)
-            assert verdict["present"] == hit.present
-            assert verdict["rival"] == hit.background
+def test_a_phrase_is_present_where_its_lead_reaches_the_threshold(scene, grids, scorer):
+    margins = [verdict["margin"] for verdict in scorer("a red car")["verdicts"]]
+    assert min(margins) < max(margins)
+    judged = PhraseScorer(scene, grids, BACKGROUND, threshold=max(margins))("a red car")["verdicts"]
+    assert [verdict["margin"] for verdict in judged] == margins
+    assert [verdict["present"] for verdict in judged] == [margin == max(margins) for margin in margins]
+    assert {verdict["rival"] for verdict in judged} <= set(BACKGROUND)
 
 
 def test_without_a_background_nothing_is_judged(scene, grids):
