@@ -25,10 +25,11 @@ from pop3d_jax.viewer.scene import PhraseScorer, Scene, default_classifier, scen
 _GRIDS = flags.DEFINE_string("grids", None, "store that pop3d_jax.export wrote", required=True)
 _RECORDS = flags.DEFINE_string("records", None, "records of the images and the sweep")
 _SPLIT = flags.DEFINE_string("split", None, "their split")
-_VOXELS = flags.DEFINE_list("voxels", ["1000", "4000", "10000"], "numbers of voxels")
+_VOXELS = flags.DEFINE_list("voxels", ["1000", "4000", "10000", "20000"], "numbers of voxels")
 _FRAMES = flags.DEFINE_integer("frames", 60, "pictures drawn while the view turns")
 _JSON = flags.DEFINE_string("json", None, "folder of viewer.json")
-
+# That of the nuScenes configurations.
+_GRID_SIZE = (100, 100, 8)
 # Turns the view a little for every picture; reading a pixel waits until it is drawn.
 _TURN = """(pictures) => {
   const { view } = window.sceneView;
@@ -62,15 +63,16 @@ _PICK = """() => {
 def scene_of_size(grids: FeatureGrids, source: RecordSource, voxels: int) -> Scene:
     """A key frame with random voxels: most of them near the ground, as in streets."""
     generator = np.random.default_rng(0)
-    grid, shape = grids[0], np.array(grids.volume.grid_size)
+    volume = dataclasses.replace(grids.volume, grid_size=_GRID_SIZE)
+    grid, shape = dataclasses.replace(grids[0], volume=volume), np.array(_GRID_SIZE)
     cells = generator.permutation(shape.prod())[: 4 * voxels]
     coordinates = np.stack(np.unravel_index(cells, shape), -1)
     coordinates = coordinates[np.argsort(coordinates[:, 2], kind="stable")][:voxels].astype(np.uint8)
     features = generator.normal(size=(len(coordinates), grid.features.shape[1])).astype(np.float32)
+    features /= np.linalg.norm(features, axis=-1, keepdims=True)
     occupancy = generator.random(len(coordinates)).astype(np.float32)
     changed = dataclasses.replace(grid, coordinates=coordinates, features=features, occupancy=occupancy)
-    directions = features / np.linalg.norm(features, axis=-1, keepdims=True)
-    return Scene("random voxels", [changed], [source[0]], [directions])
+    return Scene("random voxels", [changed], [len(coordinates)], [source[0]])
 
 
 def main(_: list[str]) -> None:

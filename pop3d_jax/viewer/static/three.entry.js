@@ -3,7 +3,7 @@
 //   npx esbuild three.entry.js --bundle --minify --format=esm --legal-comments=inline --outfile=three.bundle.js
 export {
   AmbientLight, BoxGeometry, BufferAttribute, BufferGeometry, Color, DirectionalLight, EdgesGeometry, GridHelper,
-  InstancedMesh, LineBasicMaterial, LineSegments, Matrix4, Mesh, MeshLambertMaterial, PerspectiveCamera, Points,
-  PointsMaterial, Raycaster, REVISION, Scene, SRGBColorSpace, Vector2, Vector3, WebGLRenderer,
+  LineBasicMaterial, LineSegments, Mesh, MeshLambertMaterial, PerspectiveCamera, Points, PointsMaterial, REVISION, Scene,
+  ShaderMaterial, Vector3, WebGLRenderer,
 } from "three";
 export { OrbitControls } from "three/addons/controls/OrbitControls.js";
