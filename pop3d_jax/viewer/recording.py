@@ -46,7 +46,7 @@ def write_recording(
     similarities = [[grid.features @ vector for grid in scene.grids] for vector in vectors]
     ranges = [similarity_range(np.concatenate(of_phrase)) for of_phrase in similarities]
     for number, (grid, key_frame) in enumerate(zip(scene.grids, scene.key_frames, strict=True)):
-        recording.set_time(_TIMELINE, timestamp=grid.timestamp / 1e6)
+        recording.set_time(_TIMELINE, timestamp=np.datetime64(grid.timestamp, "us"))
         half = np.broadcast_to(np.divide(grid.volume.voxel_size, 2.0), (len(grid.coordinates), 3))
         boxes = {"centers": grid.centres, "half_sizes": half, "fill_mode": "solid"}
         by_class, _ = assigned_classes(grid.features, classifier)

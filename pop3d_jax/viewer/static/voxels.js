@@ -1,11 +1,12 @@
 // The voxels in three dimensions. Axes are the lidar's: x right, y forward, z up, metres.
 import {
-  AmbientLight, BoxGeometry, BufferAttribute, BufferGeometry, Color, DirectionalLight, EdgesGeometry, GridHelper,
-  LineBasicMaterial, LineSegments, Mesh, MeshLambertMaterial, OrbitControls, PerspectiveCamera, Points, PointsMaterial,
-  Scene, ShaderMaterial, Vector3, WebGLRenderer,
+  AmbientLight, BoxGeometry, BufferAttribute, BufferGeometry, Color, DirectionalLight, DoubleSide, GridHelper, Mesh,
+  MeshLambertMaterial, OrbitControls, PerspectiveCamera, Points, PointsMaterial, Scene, ShaderMaterial, Vector3,
+  WebGLRenderer,
 } from "three";
 import { DIRECTIONS, VoxelGrid } from "viewer/faces.js";
 
+const REST_MILLISECONDS = 200;
 const AMBIENT = 1.9;
 const SUN = 1.6;
 const SUN_POSITION = [-0.4, -0.8, 1.5];
@@ -37,6 +38,23 @@ const FRAGMENT_SHADER = `
     gl_FragColor = vec4(colour * (1.0 - DARKER * max(border.x, border.y)), 1.0);
   }`;
 
+// The chosen voxel: only the edges of a box around it, as broad as so many pixels.
+const MARKER_PIXELS = 1.5;
+const MARKER_VERTEX_SHADER = `
+  varying vec2 place;
+  void main() {
+    place = uv;
+    gl_Position = projectionMatrix * modelViewMatrix * vec4(position, 1.0);
+  }`;
+const MARKER_FRAGMENT_SHADER = `
+  varying vec2 place;
+  uniform float pixels;
+  void main() {
+    vec2 border = min(place, 1.0 - place) / fwidth(place);
+    if (min(border.x, border.y) > pixels) discard;
+    gl_FragColor = vec4(0.0, 0.72, 0.83, 1.0);
+  }`;
+
 // For each direction of a face and each byte of a colour, the byte that is drawn: the light of three.js's Lambert material.
 const SHADES = DIRECTIONS.map(([axis, sign]) => {
   const light = AMBIENT + SUN * Math.max(0, (sign * SUN_POSITION[axis]) / Math.hypot(...SUN_POSITION));
@@ -58,9 +76,13 @@ function triangles(faces) {
 export class VoxelView {
   constructor(canvas, volume) {
     this.canvas = canvas;
+    this.size = [canvas.clientWidth, canvas.clientHeight];
+    // A picture waits for the next frame; a timer waits for rest; how many were drawn.
+    this.pending = false;
+    this.rest = null;
+    this.drawn = 0;
     this.volume = volume;
-    this.renderer = new WebGLRenderer({ canvas, antialias: true });
-    this.renderer.setPixelRatio(Math.min(window.devicePixelRatio, 2));
+    this.renderer = new WebGLRenderer({ canvas });
     this.scene = new Scene();
     this.scene.add(new AmbientLight(0xffffff, AMBIENT));
     const sun = new DirectionalLight(0xffffff, SUN);
@@ -87,14 +109,22 @@ export class VoxelView {
 
     this.grid = new VoxelGrid(volume);
     this.material = new ShaderMaterial({ vertexShader: VERTEX_SHADER, fragmentShader: FRAGMENT_SHADER });
-    const edges = new EdgesGeometry(new BoxGeometry(...volume.voxel_size.map((size) => size * 1.15)));
-    this.marker = new LineSegments(edges, new LineBasicMaterial({ color: 0x00b8d4, depthTest: false }));
+    const around = new BoxGeometry(...volume.voxel_size.map((size) => size * 1.15));
+    this.marker = new Mesh(
+      around,
+      new ShaderMaterial({
+        vertexShader: MARKER_VERTEX_SHADER,
+        fragmentShader: MARKER_FRAGMENT_SHADER,
+        uniforms: { pixels: { value: MARKER_PIXELS } },
+        depthTest: false,
+        side: DoubleSide,
+      }),
+    );
     this.marker.renderOrder = 1;
     this.marker.visible = false;
     this.scene.add(this.marker);
     this.voxelsVisible = true;
     this.lidarVisible = false;
-    this.pending = false;
     new ResizeObserver(() => this.resize()).observe(canvas.parentElement);
     this.resize();
   }
@@ -109,23 +139,46 @@ export class VoxelView {
   resize() {
     const { clientWidth, clientHeight } = this.canvas.parentElement;
     if (!clientWidth || !clientHeight) return;
-    this.renderer.setSize(clientWidth, clientHeight, false);
+    this.size = [clientWidth, clientHeight];
     this.camera.aspect = clientWidth / clientHeight;
     this.camera.updateProjectionMatrix();
     this.requestRender();
   }
 
-  // Drawn when something changed, not all the time: a page left open costs nothing.
+  // Drawn when something changed, not all the time: a page left open costs nothing. What moves is drawn without smooth
+  // edges, which are most of the work where no graphics card takes part; once it rests, it is drawn again with them.
   requestRender() {
     if (this.pending) return;
     this.pending = true;
     requestAnimationFrame(() => {
-      this.pending = false;
       this.render();
+      clearTimeout(this.rest);
+      this.rest = setTimeout(() => {
+        this.rest = null;
+        this.renderSmooth();
+      }, REST_MILLISECONDS);
+      this.pending = false;
     });
   }
 
   render() {
+    this.draw(1);
+  }
+
+  // Four pixels for each of the window, of which the browser draws the mean.
+  renderSmooth() {
+    this.draw(2);
+  }
+
+  draw(fineness) {
+    const ratio = Math.max(fineness, Math.min(window.devicePixelRatio, 2));
+    const [width, height] = this.size.map((length) => Math.floor(length * ratio));
+    if (this.canvas.width !== width || this.canvas.height !== height) {
+      this.renderer.setPixelRatio(ratio);
+      this.renderer.setSize(...this.size, false);
+    }
+    this.drawn++;
+    this.marker.material.uniforms.pixels.value = MARKER_PIXELS * ratio;
     if (this.voxels) this.hideBacks();
     this.renderer.render(this.scene, this.camera);
   }
@@ -245,7 +298,7 @@ export class VoxelView {
 
   // A picture of the view as it is, as a data URL.
   screenshot() {
-    this.render();
+    this.renderSmooth();
     return this.canvas.toDataURL("image/png");
   }
 }
