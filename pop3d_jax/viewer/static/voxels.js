@@ -255,7 +255,7 @@ export class VoxelView {
     this.scene.background = new Color(dark ? 0x12161c : 0xf3f5f8);
     this.pointColour = dark ? 0x9fb3c8 : 0x3d4d5f;
     if (this.lidar) this.lidar.material.color.set(this.pointColour);
-    this.ground.material.color.set(dark ? 0x2b333d : 0xcfd6de);
+    this.ground.material.color.set(dark ? 0x3d4855 : 0xb4bec9);
     this.ground.material.vertexColors = false;
     this.ground.material.needsUpdate = true;
     this.requestRender();
