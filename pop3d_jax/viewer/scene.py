@@ -130,7 +130,7 @@ class PhraseScorer:
         self._scene, self._clip, self._threshold = scene, grids.clip, threshold
         self.background = tuple(background)
         self._known: dict[str, np.ndarray] = {}
-        self._behind = [np.zeros((len(directions), 0), np.float32) for directions in scene.directions]
+        self._behind = [np.zeros((len(grid.coordinates), 0), np.float32) for grid in scene.grids]
         if self.background:
             vectors = embed_phrases(self._clip, self.background, cache_dir=user_text_cache())
             self._known = dict(zip(self.background, vectors, strict=True))
