@@ -21,8 +21,9 @@ from benchmarks.report import Table
 from pop3d_jax.data.records import KeyFrame, RecordSource
 from pop3d_jax.evaluator import SEMANTIC_CLASSES
 from pop3d_jax.grids.encoding import CODEBOOK_ENTRIES, EncodedFeatures, Precision, decode, encode, train_codebook
-from pop3d_jax.grids.exporter import Selection, export, select
+from pop3d_jax.grids.exporter import export
 from pop3d_jax.grids.feature_grids import FeatureGrids
+from pop3d_jax.grids.selection import Selection, select
 from pop3d_jax.inference import Predictor
 from pop3d_jax.metrics import assign_classes, average_precision, confusion_matrix, mean_iou
 from pop3d_jax.models.clip import load_clip

@@ -29,7 +29,8 @@ _JSON = flags.DEFINE_string("json", None, "folder of grid_search.json")
 def make_store(path: Path, key_frames: int, voxels: int, dim: int, precision: str) -> None:
     """A store of random directions; a block of them, turned over and over, so that making it costs little."""
     from pop3d_jax.grids.encoding import encode, train_codebook
-    from pop3d_jax.grids.store import SHARD_KEY_FRAMES, GridStore, describe_arrays, rows_per_key_frame
+    from pop3d_jax.grids.layout import SHARD_KEY_FRAMES, describe_arrays, rows_per_key_frame
+    from pop3d_jax.grids.store import GridStore
 
     generator = np.random.default_rng(0)
     pool = generator.normal(size=(2 * voxels, dim)).astype(np.float32)

@@ -2,12 +2,14 @@
 
     python -m colabs.execute [--notebook demo --notebook reproduce]
 
+Prints the seconds of every cell and of the whole notebook, the kernel's start left out.
 Each runs in an empty temporary folder, from its first cell to its last, or to a cell that stops it in plain words
 (`raise SystemExit("...")`). Cells tagged `not_kept` lose their outputs in the file: a 3D page takes megabytes.
 """
 
+import datetime
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -35,7 +37,7 @@ def execute(
       environment: variables of the kernel; those of this process by default.
 
     Returns:
-      The notebook with its outputs.
+      The notebook with its outputs, and the times of its cells in their metadata (see `seconds_of_cells`).
 
     Raises:
       ValueError: the notebook has no such parameter.
@@ -52,7 +54,6 @@ def execute(
         timeout=None,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
-        record_timing=False,
         coalesce_streams=True,
     )
     try:
@@ -68,17 +69,35 @@ def has_tag(cell: nbformat.NotebookNode, tag: str) -> bool:
     return tag in cell.metadata.get("tags", ())
 
 
+def seconds_of_cells(notebook: nbformat.NotebookNode) -> Iterator[tuple[int, str, float]]:
+    """Number, line that says most, and seconds of every cell that `execute` executed."""
+    for cell in notebook.cells:
+        if times := cell.metadata.get("execution"):
+            began, ended = (
+                datetime.datetime.fromisoformat(times[moment]) for moment in ("iopub.status.busy", "iopub.status.idle")
+            )
+            lines = [line for line in cell.source.splitlines() if not line.startswith("%%time")]
+            command = next((line.strip() for line in lines if line.lstrip().startswith("!")), lines[0])
+            yield cell.execution_count, command, (ended - began).total_seconds()
+
+
 def main(_: list[str]) -> None:
     for name in flags.FLAGS.notebook:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary).resolve()
             notebook = execute(name, folder)
+        path = FOLDER / f"{name}.ipynb"
+        seconds = 0.0
+        for number, command, cell_seconds in seconds_of_cells(notebook):
+            print(f"{path.name} [{number}] {cell_seconds:7.1f} s  {command[:80]}")
+            seconds += cell_seconds
+        print(f"{path.name} in all {seconds:.1f} s")
         for cell in notebook.cells:
+            cell.metadata.pop("execution", None)
             if has_tag(cell, "not_kept"):
                 cell.outputs = []
             if has_tag(cell, "stops"):  # IPython also warns there, of how to end a session
                 cell.outputs = [output for output in cell.outputs if output.output_type != "stream"]
-        path = FOLDER / f"{name}.ipynb"
         # Some lines name the whole path of what was written or read.
         text = nbformat.writes(notebook).replace(f"{folder}/", "").replace(f"{FOLDER.parent}/", "")
         path.write_text(f"{text}\n")

@@ -113,6 +113,13 @@ def get_config(learning_rate: str = "script") -> ml_collections.ConfigDict:
     config.optim.warmup_start = 1e-5
     config.optim.final_learning_rate = 1e-6
 
+    # What pop3d_jax.export stores of a key frame; its flags of the same names take the place of a field.
+    config.export = ml_collections.ConfigDict()
+    config.export.threshold = 0.5  # voxels of a larger probability of being occupied; 0 for all
+    config.export.top_k = 0  # at most so many voxels, the most probable; 0 for no limit
+    config.export.precision = "int8"  # of the features: "float16", "int8" with a scale a voxel, or "pq"
+    config.export.pq_bytes = 0  # bytes of a feature at "pq"; 0: a 32nd of its float16 size, 8 at least
+
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # all devices
     config.mesh.camera = 1  # devices that share the six views of a key frame: 1, 2, 3 or 6

@@ -1,4 +1,4 @@
-"""What the commands share: log lines a person can read, common flags, reports, and how an error reaches a person."""
+"""What the commands share: log lines a person can read, reports, and how an error reaches a person."""
 
 import contextlib
 import glob
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, logging
 from etils import epath
 
 from pop3d_jax.user_cache import user_cache
@@ -29,12 +29,18 @@ class _OwnLines(standard_logging.Filter):
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """`absl.app.run` with log lines that start with the time of day and leave out other libraries' chatter."""
+    """`absl.app.run` with log lines that start with the time of day and leave out other libraries' chatter.
+
+    What is no flag ends the process with status 1: `--text a red car` would else ask for "a".
+    """
 
     def with_own_log(arguments: list[str]) -> Any:
         handler = logging.get_absl_handler()
         handler.addFilter(_OwnLines())
         handler.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        if arguments[1:]:
+            sys.stderr.write(f"error: not a flag: {' '.join(arguments[1:])}; a value that holds spaces needs quotes\n")
+            sys.exit(1)
         _choose_platform()
         _keep_compiled_programs()
         return main(arguments)
@@ -63,13 +69,6 @@ def stop_with_message(*expected: type[Exception]) -> Iterator[None]:
     except expected as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
-
-
-def define_run_flags() -> None:
-    """The flags of every command that judges a trained run: --workdir, --step, --out."""
-    flags.DEFINE_string("workdir", None, "Folder that pop3d_jax.train wrote.")
-    flags.DEFINE_integer("step", None, "Checkpoint to judge; the newest by default.")
-    flags.DEFINE_string("out", None, "Also write the numbers to this JSON file.")
 
 
 def write_report(report: dict[str, Any], out: str | None) -> None:

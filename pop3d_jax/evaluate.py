@@ -16,7 +16,7 @@ from etils import epath
 
 from pop3d_jax.baselines import constant_grid_iou, shuffled_prompts_miou
 from pop3d_jax.checkpoint import CheckpointError
-from pop3d_jax.commands import define_run_flags, run, stop_with_message, write_report
+from pop3d_jax.commands import run, stop_with_message, write_report
 from pop3d_jax.data.pipeline import evaluation_batches, make_example
 from pop3d_jax.data.records import RecordError, RecordSource
 from pop3d_jax.evaluator import (
@@ -33,6 +33,7 @@ from pop3d_jax.hosts import join_hosts
 from pop3d_jax.metrics import mean_iou
 from pop3d_jax.nuscenes import CLASS_NAMES, UNLABELLED
 from pop3d_jax.retrieval import PhraseScore, Retrieval, RetrievalError, embed_queries, read_queries
+from pop3d_jax.shared_flags import define_evaluation_flags, define_records_flags, define_report_flags, define_run_flags
 from pop3d_jax.teacher import load_text_side
 from pop3d_jax.text import read_text_classifier
 from pop3d_jax.torch_files import WeightFileError
@@ -243,11 +244,9 @@ def parse_upscale(values: Sequence[str] | None) -> tuple[int, int, int] | None:
 def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
     define_run_flags()
-    flags.DEFINE_string("split", None, "Split of the records; the run's config.data.eval_split by default.")
-    flags.DEFINE_string("records", None, "Folder of the records; the run's own by default.")
-    flags.DEFINE_integer(
-        "batch_size", None, "Key frames at a time; the run's config.eval_batch_size by default.", lower_bound=1
-    )
+    define_records_flags()
+    define_evaluation_flags()
+    define_report_flags()
     flags.DEFINE_bool("baselines", False, "Also score the best constant grid and shuffled class prompts.")
     flags.DEFINE_string(
         "calibration_of_records",

@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 
 from pop3d_jax.checkpoint import CheckpointError
-from pop3d_jax.commands import define_run_flags, run, stop_with_message, write_report
+from pop3d_jax.commands import run, stop_with_message, write_report
 from pop3d_jax.data.pipeline import evaluation_batches
 from pop3d_jax.data.records import RecordError, RecordSource
 from pop3d_jax.evaluator import TrainedRun, load_run
@@ -29,6 +29,7 @@ from pop3d_jax.models.parameters import ArrayTree, merge_model
 from pop3d_jax.nuscenes import UNLABELLED
 from pop3d_jax.progress import progress
 from pop3d_jax.sharding import replicated, shard_batch
+from pop3d_jax.shared_flags import define_evaluation_flags, define_records_flags, define_report_flags, define_run_flags
 from pop3d_jax.teacher import load_text_side
 from pop3d_jax.text import zero_shot_classifier
 from pop3d_jax.voxels import grid_coordinates
@@ -172,11 +173,9 @@ def format_table(report: dict[str, Any]) -> str:
 def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
     define_run_flags()
-    flags.DEFINE_string("split", None, "Split of the records; the run's config.data.eval_split by default.")
-    flags.DEFINE_string("records", None, "Folder of the records; the run's own by default.")
-    flags.DEFINE_integer(
-        "batch_size", None, "Key frames at a time; the run's config.eval_batch_size by default.", lower_bound=1
-    )
+    define_records_flags()
+    define_evaluation_flags()
+    define_report_flags()
     flags.DEFINE_string("submission", None, "Also write the labels to this folder in the challenge's layout.")
     flags.DEFINE_string(
         "submission_split", None, "Name of the split in the submission (test, val, mini_val); --split by default."

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from pop3d_jax.checkpoint import CheckpointError
-from pop3d_jax.commands import define_run_flags, run, stop_with_message, write_report
+from pop3d_jax.commands import run, stop_with_message, write_report
 from pop3d_jax.data.pipeline import ExampleSettings, make_example
 from pop3d_jax.data.records import KeyFrame, RecordError, RecordSource
 from pop3d_jax.data.visibility import visible_pairs
@@ -43,6 +43,7 @@ from pop3d_jax.retrieval_benchmark import (
     score_query,
     summarise,
 )
+from pop3d_jax.shared_flags import define_report_flags, define_run_flags
 from pop3d_jax.teacher import Teacher, check_text_side, load_teacher, load_text_side
 from pop3d_jax.torch_files import WeightFileError
 from pop3d_jax.voxels import grid_coordinates
@@ -349,6 +350,7 @@ def _cell(interval: dict[str, Any]) -> str:
 def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
     define_run_flags()
+    define_report_flags()
     flags.DEFINE_string("benchmark", None, "Unpacked folder of the retrieval benchmark (retrieval_anns_*.csv).")
     flags.DEFINE_list("splits", None, "train, val, test, or several in a row (valtest); all there are by default.")
     flags.DEFINE_list(

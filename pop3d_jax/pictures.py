@@ -19,6 +19,7 @@ from PIL import Image
 from pop3d_jax.data.records import KeyFrame
 from pop3d_jax.geometry import lidar_to_image, project, visible
 from pop3d_jax.nuscenes import CAMERAS, CLASS_COLOURS, CLASS_NAMES, EMPTY
+from pop3d_jax.viewer.colours import SIMILARITY_STOPS, similarity_range
 from pop3d_jax.voxels import Volume, voxel_centres
 
 # As the cameras look around the car: the front row from left to right, the back row as one sees it turning round.
@@ -30,10 +31,7 @@ _IMAGE_ORDER = (
     "CAM_BACK",
     "CAM_BACK_LEFT",
 )
-# From the grey of what does not match to the red of what does.
-_SIMILARITY = LinearSegmentedColormap.from_list(
-    "similarity", ["#d9dde3", "#c9ced6", "#f4d58d", "#f08a24", "#c1121f", "#780000"]
-)
+_SIMILARITY = LinearSegmentedColormap.from_list("similarity", SIMILARITY_STOPS)
 _HIT_COLOUR = "#ff1744"
 _CAMERA_VIEW = {"elev": 38, "azim": -105}
 # Faces of a unit cube: corner offsets of the five that can be seen from above, and how much light each gets.
@@ -151,7 +149,7 @@ def draw_query(
     """
     values = similarity[occupied]
     # Half of what is there is grey; the few best voxels set the other end of the scale.
-    low, high = np.quantile(values, (0.5, 0.998)) if values.size else (0.0, 1.0)
+    low, high = similarity_range(values)
     scale = Normalize(low, max(high, low + 1e-6), clip=True)
     colours = _SIMILARITY(scale(values))[:, :3] if values.size else np.zeros((0, 3))
 

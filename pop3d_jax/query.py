@@ -12,7 +12,7 @@ one asked for is marked with a question mark: "there is none" is an answer.
 """
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 from jaxtyping import Bool, Float
 
@@ -20,14 +20,19 @@ from pop3d_jax.checkpoint import CheckpointError
 from pop3d_jax.commands import run, stop_with_message
 from pop3d_jax.data.records import RecordError, RecordSource
 from pop3d_jax.grids.answers import draw_hits, format_hits
-from pop3d_jax.grids.feature_grids import BACKGROUND_PHRASES, FeatureGrids
+from pop3d_jax.grids.feature_grids import FeatureGrids
 from pop3d_jax.grids.store import GridStoreError
 from pop3d_jax.inference import Predictor, find_sample
 from pop3d_jax.pictures import draw_query
+from pop3d_jax.shared_flags import define_phrase_flags, define_records_flags, define_run_flags
 from pop3d_jax.teacher import load_text_side
 from pop3d_jax.text import embed_phrases
 from pop3d_jax.voxels import voxel_centres
 from pop3d_jax.workdir import WorkdirError
+
+# Flags that only one of the two questions has.
+_FLAGS_OF_RUNS = ("step", "sample", "hits")
+_FLAGS_OF_GRIDS = ("top", "without", "background", "threshold", "text_tower")
 
 
 def best_voxels(
@@ -99,29 +104,19 @@ def query(
 
 def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
-    flags.DEFINE_string("workdir", None, "Folder that pop3d_jax.train wrote.")
-    flags.DEFINE_integer("step", None, "Checkpoint to ask; the newest by default.")
-    flags.DEFINE_string("grids", None, "Store that pop3d_jax.export wrote: all its key frames are searched.")
-    flags.DEFINE_multi_string("text", None, 'The phrase, e.g. "a red car"; with --grids it may be given several times.')
-    flags.DEFINE_string("sample", "0", "Sample token, or number of the key frame in the split.")
-    flags.DEFINE_string("split", None, "Split of the records; the run's config.data.eval_split by default.")
-    flags.DEFINE_string("records", None, "Folder of the records; the run's own by default.")
+    define_run_flags()
+    define_records_flags()
+    define_phrase_flags()
     flags.DEFINE_string("out", None, "Picture to write; query.png by default, none with --grids.")
-    flags.DEFINE_integer("hits", 25, "How many of the best voxels are ringed in the images.")
+    flags.DEFINE_integer("hits", 25, "How many of the best voxels are ringed in the images.", lower_bound=1)
     flags.DEFINE_integer("top", 20, "With --grids: key frames a phrase.", lower_bound=1)
     flags.DEFINE_multi_string("without", [], "With --grids: voxels nearer to this phrase do not count.")
-    flags.DEFINE_multi_string("background", list(BACKGROUND_PHRASES), "With --grids: what a phrase must beat.")
-    flags.DEFINE_float("threshold", 0.0, "With --grids: by how much, to count as present.")
-    flags.DEFINE_string("text_tower", None, "With --grids: CLIP folder or hub name; the trained run's by default.")
 
 
 def main(_: list[str]) -> None:
     values = flags.FLAGS
-    if (values.workdir is None) == (values.grids is None):
-        raise app.UsageError("give --workdir to ask a trained run, or --grids to ask exported grids")
-    if values.workdir and len(values.text) > 1:
-        raise app.UsageError("several --text need --grids")
-    with stop_with_message(WorkdirError, CheckpointError, RecordError, GridStoreError, ValueError, FileNotFoundError):
+    with stop_with_message(WorkdirError, CheckpointError, RecordError, GridStoreError, ValueError, OSError):
+        _check(values)
         if values.grids:
             _search(values)
             return
@@ -139,6 +134,18 @@ def main(_: list[str]) -> None:
             )
         )
         logging.info("picture: %s", out)
+
+
+def _check(values: flags.FlagValues) -> None:
+    """Raises ValueError where flags do not go together."""
+    if bool(values.workdir) == bool(values.grids):
+        raise ValueError("give --workdir to ask a trained run, or --grids to ask exported grids")
+    if values.workdir and len(values.text) > 1:
+        raise ValueError("several --text need --grids")
+    asked, others = ("grids", _FLAGS_OF_RUNS) if values.grids else ("workdir", _FLAGS_OF_GRIDS)
+    for name in others:
+        if values[name].present:
+            raise ValueError(f"--{name} says nothing with --{asked}: leave it out")
 
 
 def _search(values: flags.FlagValues) -> None:

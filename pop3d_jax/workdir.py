@@ -57,7 +57,7 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     return config_from_json(path.read_text())
 
 
-# Fields that may change when a run goes on: they touch neither the numbers nor what is stored.
+# Fields that may change when a run goes on: they touch neither its numbers nor its checkpoints.
 _FREE_FIELDS = (
     "log_every",
     "checkpoint_every",
@@ -66,6 +66,7 @@ _FREE_FIELDS = (
     "eval_batch_size",
     "mesh",
     "data.workers",
+    "export",
 )
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from conftest import small_fields
 
-from colabs.execute import FOLDER, NAMES, execute, has_tag
+from colabs.execute import FOLDER, NAMES, execute, has_tag, seconds_of_cells
+from data_prep.splits import scene_names
 from pop3d_jax.data.records import RecordSource
 from pop3d_jax.nuscenes import CLASS_NAMES, LIDARSEG_TO_CLASS
 
@@ -68,10 +70,21 @@ def as_flags(fields):
     return " ".join(shlex.quote(f"--config.{name}={value}") for name, value in fields.items())
 
 
-def smallest_network():
-    """The suite's smallest network, for the tiny CLIP of the golden data, as flags; less what the notebooks set."""
-    theirs = ("data.records", "teacher.path", "total_steps", "log_every", "checkpoint_every", "eval_every")
-    return as_flags({name: value for name, value in small_fields("", "").items() if name not in theirs})
+# What the cells of training set themselves. A tuple given twice would be two tuples in one, so no flag is.
+_SET_BY_NOTEBOOKS = ("data.records", "teacher.path", "total_steps", "log_every", "checkpoint_every", "eval_every")
+
+
+def smallest_network(*set_too):
+    """The suite's smallest network, for the tiny CLIP of the golden data, as flags; less what the notebooks set.
+
+    With `training_steps=total_steps()` its program is that of `small_run`, compiled once for the suite; two steps run.
+    """
+    fields = small_fields("", "")
+    return as_flags({name: fields[name] for name in fields.keys() - {*_SET_BY_NOTEBOOKS, *set_too}}) + " --stop_after=2"
+
+
+def total_steps():
+    return small_fields("", "")["total_steps"]
 
 
 class TestCommitted:
@@ -136,6 +149,7 @@ def check_demo(notebook, folder):
     assert "error: " not in text
     assert "similarity     right     ahead        up  metres from the lidar" in text
     assert "occupancy IoU, observed voxels" in text
+    assert re.search(r"everything but the installation: \d+ min \d+ s, on \d+ processor cores", text)
     assert pictures(notebook) == 1
     assert (folder / "answer.png").read_bytes().startswith(b"\x89PNG")
     (page,) = [text for cell in notebook.cells if has_tag(cell, "not_kept") for text in texts(cell) if _PAGE in text]
@@ -149,12 +163,15 @@ def test_the_demo_runs(tiny_clip_folder, tmp_path):
         scenes=3,
         image_scale=0.1,
         teacher=str(tiny_clip_folder),
-        training_steps=2,
+        training_steps=total_steps(),
         key_frame=0,
         fields=smallest_network(),
     )
     check_demo(notebook, tmp_path / "work" / "demo")
     assert "training: 2 of 2" in written(notebook) or "2/2" in written(notebook)
+    cells = list(seconds_of_cells(notebook))
+    assert [number for number, _, _ in cells] == [cell.execution_count for cell in code_cells(notebook)]
+    assert any(command.startswith("!{python} -m pop3d_jax.train ") and seconds > 0 for _, command, seconds in cells)
 
 
 @pytest.mark.slow
@@ -182,23 +199,48 @@ def check_search(notebook, folder, phrases=("a red car", "a tree")):
     assert any(_PAGE in text for cell in notebook.cells if has_tag(cell, "not_kept") for text in texts(cell))
 
 
-def test_the_search_runs(tiny_clip_folder, tmp_path):
-    notebook = run(
-        "export_and_search",
-        tmp_path,
-        scenes=3,
-        keyframes=1,
-        image_scale=0.1,
-        teacher=str(tiny_clip_folder),
-        training_steps=2,
-        fields=smallest_network(),
-    )
-    check_search(notebook, tmp_path / "work" / "search")
-
-
 @pytest.mark.slow
 def test_the_search_runs_in_full(tmp_path):
     check_search(run("export_and_search", tmp_path, optimised=True), tmp_path / "work" / "search")
+
+
+@pytest.fixture
+def mini(small_world, tmp_path):
+    """The small world as v1.0-mini without the lidarseg download: its tables, its scenes' names, its folder."""
+    root = tmp_path / "My Drive" / "nuscenes"
+    tables = root / "v1.0-mini"
+    shutil.copytree(small_world / "v1.0-trainval", tables)
+    (root / "samples").symlink_to(small_world / "samples")
+    (tables / "lidarseg.json").unlink()
+    categories = json.loads((tables / "category.json").read_text())
+    for row in categories:
+        del row["index"]
+    (tables / "category.json").write_text(json.dumps(categories))
+    # Two scenes of three are those of the split train.
+    names = dict(zip(scene_names("train")[:2], scene_names("mini_train")[:2], strict=True))
+    names[scene_names("val")[0]] = scene_names("mini_val")[0]
+    scenes = json.loads((tables / "scene.json").read_text())
+    (tables / "scene.json").write_text(json.dumps([row | {"name": names[row["name"]]} for row in scenes]))
+    return root
+
+
+def test_the_search_takes_a_folder_of_nuscenes_mini(mini, tiny_clip_folder, tmp_path):
+    notebook = run(
+        "export_and_search",
+        tmp_path,
+        nuscenes=str(mini),
+        clip=str(tiny_clip_folder),
+        clip_dim=small_fields("", "")["model.feature_dim"],
+        clip_image_hw=small_fields("", "")["data.teacher_image_hw"],
+        training_steps=total_steps(),
+        fields=smallest_network("model.feature_dim", "data.teacher_image_hw"),
+    )
+    check_search(notebook, tmp_path / "work" / "search")
+    text = written(notebook)
+    assert "recording scenes" not in text
+    assert f"4 key frames in 2 scenes of mini_train; {len(scene_names('mini_train')) - 2} scenes are not" in text
+    assert f"2 key frames in 1 scenes of mini_val; {len(scene_names('mini_val')) - 1} scenes are not" in text
+    assert scene_names("mini_val")[0] in text  # where the hits are
 
 
 def test_a_wrong_folder_of_nuscenes_stops_the_search(tmp_path):

@@ -58,19 +58,28 @@ def _commands(page: str) -> Iterator[tuple[str, list[str]]]:
         yield module, re.sub(r'[\[\]"]', " ", re.split(r" && | \| |; |  +#", rest)[0]).split()
 
 
-@functools.cache
-def _flags(module: str) -> frozenset[str]:
-    """Names of the flags that a module defines, itself or by a function that defines flags for several commands."""
-    tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
+def _defined(tree: ast.AST) -> tuple[set[str], set[str]]:
+    """Names of the flags that a piece of source defines, and of the functions that it calls."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     names = {
         call.args[0].value
         for call in calls
         if isinstance(call.func, ast.Attribute) and call.func.attr.startswith("DEFINE_")
     }
-    called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
-    if module != "pop3d_jax.commands" and "define_run_flags" in called:
-        names |= _flags("pop3d_jax.commands")
+    return names, {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+
+
+def _source(module: str) -> ast.Module:
+    return ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
+
+
+@functools.cache
+def _flags(module: str) -> frozenset[str]:
+    """Names of the flags that a module defines, itself or by a function of `shared_flags`."""
+    names, called = _defined(_source(module))
+    for node in _source("pop3d_jax.shared_flags").body:
+        if isinstance(node, ast.FunctionDef) and node.name in called:
+            names |= _defined(node)[0]
     return frozenset(names)
 
 
@@ -175,6 +184,7 @@ def test_the_checks_find_something_to_check():
     assert {"pop3d_jax.train", "pop3d_jax.query", "data_prep.build"} <= {module for module, _ in commands}
     assert any("--config.model.remat=all" in words for _, words in commands)
     assert {"workdir", "step", "out", "baselines"} <= _flags("pop3d_jax.evaluate")
+    assert "text" not in _flags("pop3d_jax.evaluate")
     assert not _has_field(_config("configs/demo.py"), "optim.learning_rat")
     assert "what-is-verified-and-what-is-not" in _anchors(_PROJECT / "README.md")
 

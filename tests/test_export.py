@@ -1,5 +1,7 @@
 """The export command, from a trained run to hits, with real processes."""
 
+import dataclasses
+import json
 import os
 import re
 import shutil
@@ -15,10 +17,12 @@ import pytest
 
 from pop3d_jax import FeatureGrids
 from pop3d_jax.data.records import RecordSource
-from pop3d_jax.grids.exporter import Selection, export, select
-from pop3d_jax.grids.store import SHARD_KEY_FRAMES, GridStore
+from pop3d_jax.grids.exporter import export
+from pop3d_jax.grids.layout import SHARD_KEY_FRAMES
+from pop3d_jax.grids.selection import Selection, select
+from pop3d_jax.grids.store import GridStore
 from pop3d_jax.grids.tables import write_parquet
-from pop3d_jax.inference import Prediction, Predictor, find_sample
+from pop3d_jax.inference import Predictor, find_sample
 
 _PROJECT = Path(__file__).resolve().parent.parent
 
@@ -78,18 +82,6 @@ def test_grids_hold_what_the_network_predicts(small_run, exported):
         assert grid.timestamp == frame.timestamp
         np.testing.assert_array_equal(grid.lidar_to_camera, frame.lidar_to_camera)
         np.testing.assert_array_equal(grid.ego_to_global, frame.ego_to_global)
-
-
-def test_selection_keeps_the_most_probable():
-    generator = np.random.default_rng(0)
-    prediction = Prediction(generator.random((4, 3, 2)).astype(np.float32), generator.normal(size=(4, 3, 2, 5)))
-    coordinates, occupancy, features = select(prediction, Selection(threshold=0.3, top_k=6))
-    assert len(coordinates) == 6
-    assert occupancy.min() == np.sort(prediction.occupancy, axis=None)[-6]
-    np.testing.assert_array_equal(features, prediction.features[tuple(coordinates.T)])
-    coordinates, occupancy, _ = select(prediction, Selection(threshold=0.3))
-    assert len(coordinates) == np.sum(prediction.occupancy > 0.3)
-    assert len(select(prediction, Selection(threshold=0.0))[0]) == 24
 
 
 def test_a_phrase_is_looked_up_in_all_key_frames(exported, tmp_path):
@@ -225,10 +217,6 @@ def test_no_room_is_named(small_run, exported, tmp_path, trouble, words):
 
 
 def test_wrong_requests_are_named(small_run, tmp_path):
-    with pytest.raises(ValueError, match=r"--threshold=1.5 must be at least 0 and below 1"):
-        Selection(threshold=1.5)
-    with pytest.raises(ValueError, match="--pq_bytes=4 belongs to --precision=pq"):
-        Selection(precision="int8", pq_bytes=4)
     predictor = Predictor(small_run)
     source = RecordSource(predictor.config.data.records, "train")
     with pytest.raises(
@@ -241,6 +229,79 @@ def test_wrong_requests_are_named(small_run, tmp_path):
     with pytest.raises(ValueError, match=r"add --precision=float16"):
         write_parquet(tmp_path / "voxels.parquet", predictor, source, range(4), Selection())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def run_with(small_run, tmp_path):
+    """`run_with(section)`: the small run with another `config.export`, or without the section (None)."""
+
+    def make(section):
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "checkpoints").symlink_to(small_run / "checkpoints")
+        config = json.loads((small_run / "config.json").read_text())
+        del config["export"]
+        (run / "config.json").write_text(json.dumps(config | ({} if section is None else {"export": section})))
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("section", "flags", "expected"),
+    [
+        ({"threshold": 0.0, "top_k": 9, "precision": "float16"}, [], Selection(0.0, 9, "float16")),
+        ({"top_k": 9}, ["--dense", "--precision=float16"], Selection(0.0, 0, "float16")),
+        (None, ["--top_k=7"], Selection(0.5, 7, "int8")),
+    ],
+)
+def test_the_run_says_which_voxels_unless_a_flag_does(run_with, tmp_path, section, flags, expected):
+    out = tmp_path / "grids.zarr"
+    done = command("export", f"--workdir={run_with(section)}", "--split=train", f"--out={out}", *flags)
+    assert done.returncode == 0, done.stderr
+    attributes = GridStore.open(out).attributes
+    assert attributes["selection"] == dataclasses.asdict(expected)
+    assert FeatureGrids.open(out).counts.max() <= (expected.top_k or 480)
+
+
+def test_wrong_flags_are_a_line(small_run, tmp_path):
+    (tmp_path / "file").touch()
+    for flags, words in (
+        (["--top_k=-4"], "--top_k=-4 (or config.export.top_k) must be at least 1"),
+        (["--dense", "--threshold=0.3"], "leave out --threshold, or --dense"),
+        (["--samples="], "--samples is empty"),
+        ([f"--out={tmp_path / 'file'}"], f"{tmp_path / 'file'} is a file: choose another --out"),
+        ([f"--out={tmp_path / 'file' / 'grids.zarr'}"], "cannot be made"),
+        (["all"], "not a flag: all"),
+    ):
+        done = command("export", f"--workdir={small_run}", f"--out={tmp_path / 'grids.zarr'}", *flags)
+        assert done.returncode == 1, (flags, done.stderr)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert [words in line for line in errors] == [True], done.stderr
+        assert "Traceback" not in done.stderr
+        assert "USAGE" not in done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_questions_that_cannot_be_asked_are_a_line(small_run, exported, tmp_path):
+    for flags, words in (
+        ([f"--grids={exported}", "--text="], "none of them empty"),
+        (
+            [f"--grids={exported}", "--text=a", "red", "car"],
+            "not a flag: red car; a value that holds spaces needs quotes",
+        ),
+        ([f"--grids={exported}", "--text=x", "--sample=1"], "--sample says nothing with --grids"),
+        ([f"--workdir={small_run}", "--text=x", "--without=y"], "--without says nothing with --workdir"),
+        ([f"--workdir={small_run}", "--text=x", "--text=y"], "several --text need --grids"),
+        (["--text=x"], "give --workdir to ask a trained run, or --grids"),
+        ([f"--grids={exported}", "--text=x", f"--text_tower={tmp_path}"], "name it with --text_tower"),
+    ):
+        done = command("query", *flags)
+        assert done.returncode == 1, (flags, done.stderr)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert [words in line for line in errors] == [True], done.stderr
+        assert "Traceback" not in done.stderr
+        assert "USAGE" not in done.stdout + done.stderr
 
 
 def test_a_table_for_table_people(small_run, tmp_path):

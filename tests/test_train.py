@@ -46,6 +46,8 @@ def test_a_run_told_to_stop_saves_the_step_under_way_and_goes_on(tmp_path, small
     assert 2 <= stopped_at < 8
     assert f"checkpoints/{stopped_at} is saved, the same command goes on from there" in rest
     assert f"resuming from the checkpoint of step {stopped_at}" in finish(small_train(workdir))
+    # The classes' text vectors, kept by the evaluation at the end: no other command was given this folder.
+    assert len(list((workdir / "text_cache").glob("text_*.npy"))) == 1
     step, restored = final_state(workdir, small_config)
     expected_step, expected = final_state(small_run, small_config)
     assert step == expected_step

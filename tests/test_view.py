@@ -130,6 +130,7 @@ def colours_of_canvas(page):
 
 
 def test_it_draws(page, shown):
+    assert page.locator(".left-out").count() == 0
     assert page.locator("#count").inner_text() == f"{len(shown.coordinates)} voxels"
     assert page.locator("#token").inner_text() == shown.sample_token
     with_voxels = len(colours_of_canvas(page))
@@ -181,14 +182,142 @@ def test_a_phrase_colours_the_voxels_and_lists_the_best(page, grids, shown):
     # Eight bits tell as much apart.
     selected = page.evaluate("window.sceneView.state.selected")
     assert expected[selected] >= expected.max() - 1.01 * (expected.max() - expected.min()) / 255
-    colours = page.evaluate("Array.from(window.sceneView.view.voxels.instanceColor.array)")
-    red, _, blue = np.reshape(colours, (-1, 3)).T
-    best, worst = np.argmax(expected), np.argmin(expected)
-    assert red[best] > blue[best] + 0.1
-    assert abs(red[worst] - blue[worst]) < 0.15
+    voxels, colours = page.evaluate(
+        """() => {
+          const { faces, voxels } = window.sceneView.view;
+          return [Array.from(faces.voxels), Array.from(voxels.geometry.attributes.shade.array)];
+        }"""
+    )
+    red, _, blue, _ = np.reshape(colours, (-1, 16))[:, :4].T
+    good, bad = (np.isin(voxels, np.argsort(expected)[part]) for part in (slice(-2, None), slice(2)))
+    assert (red[good] > blue[good] + 25).all()
+    assert (np.abs(red[bad] - blue[bad]) < 35).all()
     page.locator("#phrase").fill("a zebra on skates")
     page.locator("#phrase").press("Enter")
     assert "--serve" in page.locator("#message").inner_text()
+
+
+def test_the_faces_are_those_between_a_voxel_and_none(page, shown):
+    """Every face that can be seen is there, once, in its place and turned outwards."""
+    filled = np.zeros(np.add(shown.volume.grid_size, 2), bool)
+    filled[tuple(shown.coordinates.T + 1)] = True
+    expected = set()
+    for axis in range(3):
+        for sign in (-1, 1):
+            beside = shown.coordinates + 1
+            beside[:, axis] += sign
+            for voxel in np.flatnonzero(~filled[tuple(beside.T)]):
+                expected.add((int(voxel), axis, sign))
+    voxels, positions = page.evaluate(
+        "(({ faces }) => [Array.from(faces.voxels), Array.from(faces.positions)])(window.sceneView.view)"
+    )
+    assert 0 < len(voxels) == len(expected) < 6 * len(shown.coordinates)
+    size = np.array(shown.volume.voxel_size)
+    found = set()
+    for voxel, corners in zip(voxels, np.reshape(positions, (-1, 4, 3)), strict=True):
+        offset = (corners.mean(0) - shown.centres[voxel]) / size
+        axis = int(np.argmax(np.abs(offset)))
+        np.testing.assert_allclose(np.abs(offset), np.eye(3)[axis] / 2, atol=1e-4)
+        np.testing.assert_allclose(np.ptp(corners, axis=0), np.where(np.arange(3) == axis, 0.0, size), atol=1e-4)
+        sign = int(np.sign(offset[axis]))
+        assert np.sign(np.cross(corners[1] - corners[0], corners[2] - corners[1])[axis]) == sign
+        found.add((voxel, axis, sign))
+    assert found == expected
+
+
+def test_only_fronts_are_drawn(page, shown):
+    """From anywhere, the faces handed to the graphics card are just those whose front looks at the camera."""
+    for position in ((60.0, -70.0, 40.0), (-3.3, 4.4, 0.1), (0.0, 80.0, -20.0)):
+        drawn, positions = page.evaluate(
+            """(position) => {
+              const { view } = window.sceneView;
+              view.camera.position.set(...position);
+              view.render();
+              const drawn = view.voxels.geometry.groups.map(({ start, count }) => [start / 6, (start + count) / 6]);
+              return [drawn, Array.from(view.faces.positions)];
+            }""",
+            position,
+        )
+        corners = np.reshape(positions, (-1, 4, 3))
+        normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 1])
+        front = ((position - corners[:, 0]) * normals).sum(-1) > 0
+        handed = np.zeros(len(corners), bool)
+        for start, stop in drawn:
+            handed[start:stop] = True
+        np.testing.assert_array_equal(handed, front)
+        assert 0 < front.sum() < len(front)
+
+
+def test_the_voxel_under_the_mouse_is_the_first_on_its_ray(page, shown):
+    """Against a test of every voxel, from outside, from low above the ground and from among the voxels."""
+    minimum = shown.centres - np.divide(shown.volume.voxel_size, 2)
+    maximum = shown.centres + np.divide(shown.volume.voxel_size, 2)
+    hits = 0
+    for position in (None, (70.0, 5.0, 4.0), (0.1, 0.2, 0.3)):
+        picked = page.evaluate(
+            """(position) => {
+              const { view } = window.sceneView;
+              if (position) view.camera.position.set(...position);
+              view.camera.lookAt(view.controls.target);
+              view.render();
+              const area = view.canvas.getBoundingClientRect();
+              const found = [];
+              for (let i = 0; i < 20; i++) for (let j = 0; j < 20; j++) {
+                const [x, y] = [(i + 0.37) / 20, (j + 0.41) / 20];
+                const far = view.marker.position.clone().set(2 * x - 1, 1 - 2 * y, 0.5).unproject(view.camera);
+                const voxel = view.pick(area.left + x * area.width, area.top + y * area.height);
+                found.push([voxel, ...view.camera.position.toArray(), ...far.toArray()]);
+              }
+              return found;
+            }""",
+            position,
+        )
+        for voxel, *ends in picked:
+            start, end = np.reshape(ends, (2, 3))
+            borders = np.stack([minimum - start, maximum - start]) / (end - start)
+            enters, leaves = borders.min(0).max(-1), borders.max(0).min(-1)
+            met = np.where((enters < leaves) & (enters > 0), enters, np.inf)
+            if voxel < 0:
+                assert np.isinf(met).all()
+            else:
+                assert met[voxel] == pytest.approx(met.min(), rel=1e-6)
+                hits += 1
+    assert hits > 100
+
+
+def test_a_page_left_open_draws_nothing(page):
+    page.wait_for_function("(({ pending, rest }) => !pending && rest === null)(window.sceneView.view)")
+    drawn = page.evaluate("window.sceneView.view.drawn")
+    for _ in range(10):
+        page.evaluate("() => new Promise(requestAnimationFrame)")
+    assert page.evaluate("window.sceneView.view.drawn") == drawn > 0
+    page.locator("#reset").click()
+    page.wait_for_function("drawn => window.sceneView.view.drawn > drawn", arg=drawn)
+
+
+def test_what_is_left_out_is_said(open_page, small_grids, tmp_path, shown):
+    out = tmp_path / "scene.html"
+    done = view(f"--grids={small_grids}", "--max_voxels=7", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"14 of \d+ voxels shown", done.stderr)
+    page = open_page(out.as_uri())
+    for mode in ("class", "height", "features"):
+        page.locator("#mode").select_option(mode)
+        expected = f"7 of {len(shown.coordinates)} voxels shown, the most probable (--max_voxels)."
+        assert page.locator("#legend .left-out").inner_text() == expected
+    assert page.problems == []
+
+
+def test_the_ending_decides_what_is_written(small_grids, tmp_path, scene_file):
+    pytest.importorskip("rerun", reason="needs the extra: pip install rerun-sdk")
+    done = view(f"--grids={small_grids}", "--text=a tree", f"--out={tmp_path / 'scene.rrd'}")
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["scene.rrd"]
+    assert "rerun" in done.stdout
+    assert (tmp_path / "scene.rrd").read_bytes()[:4] == b"RRF2"
+    done = view(f"--grids={small_grids}", f"--out={tmp_path / 'scene.png'}")
+    assert done.returncode != 0
+    assert "must end in .html" in done.stderr
 
 
 def test_every_way_to_colour_has_a_legend(page, shown):
@@ -291,15 +420,18 @@ def test_any_phrase_can_be_typed_into_a_served_page(open_page, grids, shown):
 
 
 def test_what_is_wrong_is_said_in_a_line(small_grids, tmp_path):
+    (tmp_path / "folder.html").mkdir()
     for flags, words in (
         ([f"--grids={tmp_path}"], "holds no feature grids"),
         ([f"--grids={small_grids}", "--sample=99"], "--sample=99"),
+        ([f"--grids={small_grids}", "--text="], "error: --text and --background must not be empty"),
         ([f"--grids={small_grids}", "--split=val"], "--records and --split"),
         ([f"--grids={small_grids}", f"--records={tmp_path}"], str(tmp_path)),
-        ([f"--grids={small_grids}", f"--out={tmp_path}"], f"Is a directory: '{tmp_path}'"),
+        ([f"--grids={small_grids}", f"--out={tmp_path / 'folder.html'}"], "Is a directory"),
     ):
         done = view(f"--out={tmp_path / 'scene.html'}", *flags)
         assert done.returncode == 1, (flags, done.stderr)
         assert words in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
+        assert "USAGE" not in done.stdout + done.stderr
     assert not (tmp_path / "scene.html").exists()

@@ -29,8 +29,9 @@ def test_a_run_with_other_settings_is_refused_field_by_field(tmp_path):
 
 def test_fields_that_change_no_number_may_change(tmp_path):
     workdirs.prepare(tmp_path, config())
-    workdirs.prepare(tmp_path, config(log_every=1, data={"workers": 4}))
+    workdirs.prepare(tmp_path, config(log_every=1, data={"workers": 4}, export={"top_k": 9}))
     assert workdirs.read_config(tmp_path).log_every == 1
+    assert workdirs.read_config(tmp_path).export.top_k == 9
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

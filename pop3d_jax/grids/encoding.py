@@ -123,7 +123,10 @@ def train_codebook(features: Float[np.ndarray, "voxels dim"], parts: int, seed: 
     if parts < 1 or dim % parts:
         raise ValueError(f"product quantisation into {parts} parts: must divide the {dim} dimensions of the features")
     if voxels < CODEBOOK_ENTRIES:
-        raise ValueError(f"a codebook needs at least {CODEBOOK_ENTRIES} voxels to learn from, there are {voxels}")
+        raise ValueError(
+            f"a codebook needs at least {CODEBOOK_ENTRIES} voxels to learn from, there are {voxels}: lower "
+            "--threshold, or take another --precision"
+        )
     unit, _ = _unit(features)
     variance, axes = np.linalg.eigh(unit.T @ unit / voxels)
     rotation = axes[:, _balanced_order(variance, parts)].astype(np.float32)

@@ -9,18 +9,13 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jaxtyping import Float, Int
 
 from pop3d_jax.data.pipeline import image_sizes
 from pop3d_jax.data.records import KeyFrame, RecordSource
-from pop3d_jax.grids.encoding import CODEBOOK_ENTRIES, Codebook, Precision, encode, train_codebook
-from pop3d_jax.grids.store import (
-    SCENE_NAME_BYTES,
-    SHARD_KEY_FRAMES,
-    GridStore,
-    describe_arrays,
-    rows_per_key_frame,
-)
+from pop3d_jax.grids.encoding import CODEBOOK_ENTRIES, Codebook, encode, train_codebook
+from pop3d_jax.grids.layout import SCENE_NAME_BYTES, SHARD_KEY_FRAMES, describe_arrays, rows_per_key_frame
+from pop3d_jax.grids.selection import Selection, select
+from pop3d_jax.grids.store import GridStore
 from pop3d_jax.hosts import meet
 from pop3d_jax.inference import Prediction, Predictor
 from pop3d_jax.models.parameters import ArrayTree
@@ -30,54 +25,6 @@ from pop3d_jax.progress import progress
 # Key frames, spread over the split, and voxels that a codebook is learned from.
 _CODEBOOK_KEY_FRAMES = 32
 _CODEBOOK_VOXELS = 100_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """Which voxels of a key frame are stored, and how.
-
-    Attributes:
-      threshold: probability above which a voxel counts as occupied; the official decision is 0.5. 0 stores all.
-      top_k: at most so many, the most probable ones; 0 for all above the threshold.
-      precision: of the features.
-      pq_bytes: bytes of a product-quantised feature.
-
-    Raises:
-      ValueError: numbers out of range.
-    """
-
-    threshold: float = 0.5
-    top_k: int = 0
-    precision: Precision = "int8"
-    pq_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold < 1.0:
-            raise ValueError(f"--threshold={self.threshold} must be at least 0 and below 1")
-        if self.top_k < 0:
-            raise ValueError(f"--top_k={self.top_k} must be at least 1, or 0 for all voxels above --threshold")
-        if (self.precision == "pq") != (self.pq_bytes > 0):
-            raise ValueError(f"--pq_bytes={self.pq_bytes} belongs to --precision=pq, and is needed there")
-
-
-def select(
-    prediction: Prediction, selection: Selection
-) -> tuple[Int[np.ndarray, "voxels 3"], Float[np.ndarray, " voxels"], Float[np.ndarray, "voxels dim"]]:
-    """The voxels that are stored: indices in the order of the grid, probabilities, features."""
-    occupancy = prediction.occupancy
-    chosen = occupancy.reshape(-1) > selection.threshold
-    if selection.threshold == 0.0:
-        chosen[:] = True
-    flat = np.flatnonzero(chosen)
-    if selection.top_k and len(flat) > selection.top_k:
-        ranked = np.argsort(-occupancy.reshape(-1)[flat], kind="stable")
-        flat = np.sort(flat[ranked[: selection.top_k]])
-    coordinates = np.stack(np.unravel_index(flat, occupancy.shape), -1)
-    return (
-        coordinates,
-        occupancy.reshape(-1)[flat],
-        prediction.features.reshape(-1, prediction.features.shape[-1])[flat],
-    )
 
 
 def model_fingerprint(restored: ArrayTree) -> str:

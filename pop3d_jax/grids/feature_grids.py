@@ -18,6 +18,7 @@ from etils import epath
 from jaxtyping import Float, Float64, UInt8
 
 from pop3d_jax.geometry import lidar_to_image, project
+from pop3d_jax.grids.background import BACKGROUND_PHRASES, largest_lead
 from pop3d_jax.grids.encoding import Codebook, EncodedFeatures, decode
 from pop3d_jax.grids.search import best_similarities
 from pop3d_jax.grids.store import GridStore, GridStoreError
@@ -29,35 +30,6 @@ from pop3d_jax.voxels import Volume, voxel_centres
 
 # Public, see docs/api.md: what is opened, what it returns and what it raises.
 __all__ = ["BACKGROUND_PHRASES", "FeatureGrids", "GridStoreError", "Hit", "KeyFrameGrid", "Volume"]
-
-# What a phrase must beat to count as present: words for everything that streets have.
-BACKGROUND_PHRASES = (
-    "road",
-    "sidewalk",
-    "grass",
-    "tree",
-    "bush",
-    "building",
-    "wall",
-    "fence",
-    "car",
-    "truck",
-    "bus",
-    "bicycle",
-    "motorcycle",
-    "pedestrian",
-    "traffic cone",
-    "barrier",
-    "pole",
-    "sky",
-    "object",
-)
-
-
-def rivals_of(phrase: str, background: Sequence[str]) -> list[int]:
-    """Which background phrases a phrase must beat: all but those made of its own words, as "car" of "a red car"."""
-    words = set(phrase.lower().split())
-    return [index for index, other in enumerate(background) if not set(other.lower().split()) <= words]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,44 +259,29 @@ class FeatureGrids:
         best = best_similarities(self.store, self.offsets, self.counts, asked, others, self.codebook)
         hits = []
         for column, phrase in enumerate(phrases):
-            rivals = rivals_of(phrase, background)
             order = np.argsort(-best[:, column], kind="stable")
             for number in map(int, order[np.isfinite(best[order, column])][:top]):
-                row, margin, rival = self._judged(number, asked[column], others, behind[rivals])
+                directions = self._directions(number)
+                similarity = directions @ asked[column]
+                margin, rival = largest_lead(similarity, directions @ behind.T, phrase, background)
+                if len(others):
+                    similarity = np.where(similarity < (directions @ others.T).max(-1), -np.inf, similarity)
                 hits.append(
                     Hit(
                         phrase,
                         similarity=float(best[number, column]),
                         margin=margin,
-                        background=background[rivals[rival]] if rivals else "",
+                        background=rival,
                         present=margin >= threshold,
-                        **self._place(number, row),
+                        **self._place(number, int(self.offsets[number]) + int(np.argmax(similarity))),
                     )
                 )
         return hits
 
-    def _judged(
-        self,
-        number: int,
-        phrase: Float[np.ndarray, " dim"],
-        others: Float[np.ndarray, "others dim"],
-        behind: Float[np.ndarray, "background dim"],
-    ) -> tuple[int, float, int]:
-        """The row in which a phrase fits a key frame best; its largest lead over the background, and over which."""
-        start, _ = self._rows(number)
+    def _directions(self, number: int) -> Float[np.ndarray, "voxels dim"]:
+        """Features of a key frame's voxels at unit length."""
         features = self._features(number)
-        features /= np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
-        similarity = features @ phrase
-        allowed = similarity
-        if len(others):
-            allowed = np.where(similarity < (features @ others.T).max(-1), -np.inf, similarity)
-        row = start + int(np.argmax(allowed))
-        if not len(behind):
-            return row, float("inf"), -1
-        rivals = features @ behind.T
-        lead = similarity - rivals.max(-1)
-        most = int(np.argmax(lead))
-        return row, float(lead[most]), int(np.argmax(rivals[most]))
+        return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
     def _place(self, number: int, row: int) -> dict[str, Any]:
         """Where a row's voxel is, as `Hit` tells it."""

@@ -5,11 +5,10 @@ So every writer knows its rows beforehand, and `voxel_offset` and `voxel_count` 
 the rows of a few key frames ("shard"); it is written once, whole, by the host that owns these key frames, and their
 counts come last: a store that was stopped half-way goes on where the counts are missing. Chunks carry checksums.
 
-docs/feature_grids.md describes the arrays and shows how to read them without this package.
+The arrays themselves: `pop3d_jax.grids.layout`, and docs/feature_grids.md.
 """
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,107 +18,17 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from pop3d_jax.grids.layout import CHUNK_ROWS, NOT_WRITTEN, ROW_ARRAYS, array_metadata, describe_arrays
 from pop3d_jax.grids.plain_shards import PlainShards
 
 FORMAT = "pop3d_jax.feature_grids"
 FORMAT_VERSION = 1
-# Rows of a chunk: what a reader reads at least.
-CHUNK_ROWS = 4096
-# Features hardly compress, and decompressing them would take longer than searching them: they are stored as they are,
-# in smaller chunks, because the last one of a key frame is filled up with zeros; not too small, since each is a read.
-_LONG_FEATURE_BYTES = 256
-_LONG_FEATURE_CHUNK_ROWS = 512
-_SHORT_FEATURE_CHUNK_ROWS = 2048
-# Key frames of a file; a host owns whole files.
-SHARD_KEY_FRAMES = 8
-_ROW_ARRAYS = ("coordinates", "occupancy", "features", "feature_scale", "feature_norm")
-# UTF-8, filled up with zeros.
-SCENE_NAME_BYTES = 64
-_NOT_WRITTEN = -1
 # Room that must stay free on a local disk beside what is about to be written.
 _SPARE_BYTES = 64 * 2**20
 
 
 class GridStoreError(Exception):
     """The store cannot be read or written; the message says what to do."""
-
-
-def rows_per_key_frame(voxels: int) -> int:
-    """Rows reserved for a key frame of at most so many voxels: whole chunks."""
-    return math.ceil(voxels / CHUNK_ROWS) * CHUNK_ROWS
-
-
-def describe_arrays(
-    key_frames: int, rows: int, code: int, precision: str, codebook: tuple[tuple[int, ...], tuple[int, ...]] | None
-) -> dict[str, tuple[str, tuple[int, ...], bool]]:
-    """Name -> (type, shape, whether it has a row for every voxel) of all arrays of a store.
-
-    Args:
-      key_frames: of the store.
-      rows: reserved for each.
-      code: entries of a voxel's feature code.
-      precision: see `pop3d_jax.grids.encoding`.
-      codebook: shapes of rotation and entries, for "pq".
-    """
-    total = key_frames * rows
-    arrays = {
-        "coordinates": ("uint8", (total, 3), True),
-        "occupancy": ("float16", (total,), True),
-        "features": ({"float16": "float16", "int8": "int8", "pq": "uint8"}[precision], (total, code), True),
-        "feature_scale": ("float16", (total,), True),
-        "feature_norm": ("float16", (total,), True),
-        "voxel_offset": ("int64", (key_frames,), False),
-        "voxel_count": ("int32", (key_frames,), False),
-        "timestamp": ("int64", (key_frames,), False),
-        "scene_name": ("uint8", (key_frames, SCENE_NAME_BYTES), False),
-        "image_hw": ("int32", (key_frames, 6, 2), False),
-        "lidar_to_ego": ("float64", (key_frames, 4, 4), False),
-        "ego_to_global": ("float64", (key_frames, 4, 4), False),
-        "lidar_to_camera": ("float64", (key_frames, 6, 4, 4), False),
-        "intrinsics": ("float64", (key_frames, 6, 3, 3), False),
-    }
-    if codebook:
-        arrays["codebook_rotation"] = ("float32", codebook[0], False)
-        arrays["codebook_entries"] = ("float32", codebook[1], False)
-    return arrays
-
-
-def _metadata(name: str, kind: str, shape: tuple[int, ...], ragged: bool, rows: int) -> dict[str, Any]:
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    if kind in ("int8", "uint8"):
-        little = {"name": "bytes"}
-    compressed = [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}]
-    inner_rows = CHUNK_ROWS
-    if name == "features":
-        compressed = []
-        is_long = np.dtype(kind).itemsize * shape[1] >= _LONG_FEATURE_BYTES
-        inner_rows = _LONG_FEATURE_CHUNK_ROWS if is_long else _SHORT_FEATURE_CHUNK_ROWS
-    checked = [little, *compressed, {"name": "crc32c"}]
-    if ragged:
-        outer = (SHARD_KEY_FRAMES * rows, *shape[1:])
-        inner = (inner_rows, *shape[1:])
-        index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-        codecs = [
-            {
-                "name": "sharding_indexed",
-                "configuration": {
-                    "chunk_shape": list(inner),
-                    "codecs": checked,
-                    "index_codecs": index,
-                    "index_location": "end",
-                },
-            }
-        ]
-    else:
-        outer = shape if name.startswith("codebook") else (SHARD_KEY_FRAMES, *shape[1:])
-        codecs = checked
-    return {
-        "shape": list(shape),
-        "data_type": kind,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(outer)}},
-        "fill_value": _NOT_WRITTEN if name == "voxel_count" else 0,
-        "codecs": codecs,
-    }
 
 
 def _kvstore(path: epath.Path, name: str) -> dict[str, Any] | str:
@@ -133,7 +42,7 @@ class GridStore:
     def __init__(self, path: epath.PathLike, attributes: dict[str, Any], arrays: Mapping[str, ts.TensorStore]) -> None:
         self.path, self.attributes, self.arrays = epath.Path(path), attributes, arrays
         is_local = "://" not in os.fspath(self.path)
-        shards = {name: PlainShards.of(self.path / name) for name in _ROW_ARRAYS} if is_local else {}
+        shards = {name: PlainShards.of(self.path / name) for name in ROW_ARRAYS} if is_local else {}
         self._plain_shards = {name: files for name, files in shards.items() if files}
 
     @property
@@ -161,9 +70,12 @@ class GridStore:
           overwrite: delete whatever store is there.
 
         Raises:
-          GridStoreError: the path holds something else, or a store of another model, selection or split.
+          GridStoreError: the path cannot be made, or holds something else, or a store of another model, selection or
+            split.
         """
         path = epath.Path(path)
+        if path.exists() and not path.is_dir():
+            raise GridStoreError(f"{path} is a file: choose another --out, a folder")
         group = path / "zarr.json"
         attributes = json.loads(json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION} | attributes))
         if path.exists() and overwrite:
@@ -173,14 +85,17 @@ class GridStore:
         if path.exists() and any(path.iterdir()):
             _same_or_error(path, _read_group(path), attributes)
         else:
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise GridStoreError(f"{path} cannot be made ({error}): choose another --out") from error
             _write_group(group, attributes | {"complete": False})
         opened = {}
         for name, (kind, shape, ragged) in arrays.items():
             spec = {
                 "driver": "zarr3",
                 "kvstore": _kvstore(path, name),
-                "metadata": _metadata(name, kind, shape, ragged, rows),
+                "metadata": array_metadata(name, kind, shape, ragged, rows),
                 # Zeros are written too: a file that is missing was lost.
                 "store_data_equal_to_fill_value": True,
             }
@@ -257,11 +172,11 @@ class GridStore:
 
     def row_arrays(self) -> dict[str, ts.TensorStore]:
         """Those that have a row for every voxel."""
-        return {name: self.arrays[name] for name in _ROW_ARRAYS}
+        return {name: self.arrays[name] for name in ROW_ARRAYS}
 
     def written(self) -> np.ndarray:
         """Which key frames are written."""
-        return self.read("voxel_count") != _NOT_WRITTEN
+        return self.read("voxel_count") != NOT_WRITTEN
 
     def write_shard(self, first: int, key_frames: Sequence[Mapping[str, np.ndarray]], rows: int) -> None:
         """Writes the key frames of one file, from key frame `first` on, counts last.
@@ -284,7 +199,7 @@ class GridStore:
                     target = array.with_transaction(transaction)
                     for number, key_frame in enumerate(key_frames, first):
                         values = key_frame[name]
-                        if name not in _ROW_ARRAYS:
+                        if name not in ROW_ARRAYS:
                             target[number].write(values).result()
                         elif len(values):
                             target[number * rows : number * rows + len(values)].write(values).result()

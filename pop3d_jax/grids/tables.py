@@ -6,7 +6,7 @@ import numpy as np
 from etils import epath
 
 from pop3d_jax.data.records import RecordSource
-from pop3d_jax.grids.exporter import Selection, select
+from pop3d_jax.grids.selection import Selection, select
 from pop3d_jax.inference import Predictor
 from pop3d_jax.progress import progress
 from pop3d_jax.voxels import voxel_centres

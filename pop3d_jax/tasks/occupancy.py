@@ -11,6 +11,7 @@ from pop3d_jax.data.records import RecordSource
 from pop3d_jax.data.teacher_cache import TeacherCache
 from pop3d_jax.evaluator import Evaluator, headline
 from pop3d_jax.experiment import build_student, example_settings
+from pop3d_jax.grids.selection import configured_selection
 from pop3d_jax.program import number_of_steps, training_program
 from pop3d_jax.schedules import make_schedule
 from pop3d_jax.sharding import replicated
@@ -30,6 +31,7 @@ def occupancy_task(config: ml_collections.ConfigDict, workdir: epath.Path, mesh:
     Raises:
       RecordError, WeightFileError, FileNotFoundError, ValueError: see the messages.
     """
+    configured_selection(config)  # refused now, not when the run is to be exported
     if config.eval_every:  # before the first step, not at the first evaluation
         check_text_side(config.teacher, "set --config.eval_every=0 to train without evaluation")
     source = RecordSource(config.data.records, config.data.train_split)
@@ -60,7 +62,7 @@ def occupancy_task(config: ml_collections.ConfigDict, workdir: epath.Path, mesh:
 
     def evaluate(state: State) -> dict[str, float]:
         if not evaluator:  # made at the first use: it embeds the classes' prompts
-            evaluator.append(Evaluator(program.student, teacher.clip, mesh))
+            evaluator.append(Evaluator(program.student, teacher.clip, mesh, text_cache=workdir / "text_cache"))
         held_out = RecordSource(config.data.records, config.data.eval_split)
         results = evaluator[0].run(
             state["parameters"],

@@ -12,6 +12,7 @@ _MODULES = {
     "three": "three.bundle.js",
     "viewer/data.js": "data.js",
     "viewer/colours.js": "colours.js",
+    "viewer/faces.js": "faces.js",
     "viewer/voxels.js": "voxels.js",
     "viewer/images.js": "images.js",
     "viewer/page.js": "page.js",

@@ -16,20 +16,22 @@ from PIL import Image
 
 from pop3d_jax.data.records import KeyFrame, RecordSource
 from pop3d_jax.geometry import lidar_to_image
-from pop3d_jax.grids.feature_grids import BACKGROUND_PHRASES, FeatureGrids, KeyFrameGrid, rivals_of
+from pop3d_jax.grids.background import BACKGROUND_PHRASES, largest_lead
+from pop3d_jax.grids.feature_grids import FeatureGrids, KeyFrameGrid
 from pop3d_jax.metrics import class_logits, prompt_logits
 from pop3d_jax.nuscenes import CAMERAS, CLASS_COLOURS, CLASS_NAMES, EMPTY, UNLABELLED
 from pop3d_jax.text import TextClassifier, embed_phrases, zero_shot_classifier
 from pop3d_jax.user_cache import user_text_cache
+from pop3d_jax.viewer.colours import SIMILARITY_STOPS, similarity_range
 
 # Wide enough to recognise things, small enough for a scene of forty key frames in one file.
 IMAGE_WIDTH = 640
 _JPEG_QUALITY = 80
 # Lidar coordinates are sent in centimetres, as int16.
 _CENTIMETRES = 100.0
-# Half of what is there is grey; the few best voxels set the other end of the colours, as in `pictures`.
-_COLOUR_QUANTILES = (0.5, 0.998)
 _PCA_QUANTILES = (0.02, 0.98)
+# Principal components need no more to be known well: 512 numbers of each are 41 MB.
+_PCA_VOXELS = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +40,24 @@ class Scene:
 
     Attributes:
       title: headline.
-      grids: their stored voxels.
+      grids: their voxels, those that are shown; unlike the store's, their features have unit length.
+      stored: how many voxels the store holds of each.
       key_frames: their records, which hold images and lidar.
-      directions: features of the voxels of each, at unit length.
     """
 
     title: str
     grids: list[KeyFrameGrid]
+    stored: list[int]
     key_frames: list[KeyFrame]
-    directions: list[Float[np.ndarray, "voxels dim"]]
 
 
 def read_scene(
-    grids: FeatureGrids, source: RecordSource, sample: str, *, key_frames: int | None = None
+    grids: FeatureGrids,
+    source: RecordSource,
+    sample: str,
+    *,
+    key_frames: int | None = None,
+    max_voxels: int | None = None,
 ) -> tuple[Scene, int]:
     """The key frames of a sample's scene that the store holds.
 
@@ -59,6 +66,8 @@ def read_scene(
       source: records that hold the images.
       sample: token, or number in the store.
       key_frames: at most so many, those nearest in time to the sample; None for the whole scene.
+      max_voxels: at most so many of a key frame, the most probably occupied; None for all. What is said of the scene,
+        such as whether a phrase is in it, is said of these.
 
     Returns:
       The scene, and the place of the sample in it.
@@ -85,14 +94,23 @@ def read_scene(
             f"the records lack {len(missing)} key frames of {name}, such as {missing[0]}: name those that the grids "
             "were exported from with --records and --split"
         )
-    stored = [grids[other] for other in chosen]
-    records = [source[places[grid.sample_token]] for grid in stored]
-    return Scene(name, stored, records, [_directions(grid) for grid in stored]), chosen.index(number)
+    # One by one: of a dense store, only what is shown stays in memory.
+    shown = [_prepared(grids[other], max_voxels) for other in chosen]
+    stored = [int(grids.counts[other]) for other in chosen]
+    records = [source[places[grid.sample_token]] for grid in shown]
+    return Scene(name, shown, stored, records), chosen.index(number)
 
 
-def _directions(grid: KeyFrameGrid) -> Float[np.ndarray, "voxels dim"]:
-    norm = np.linalg.norm(grid.features, axis=-1, keepdims=True)
-    return grid.features / np.maximum(norm, 1e-12)
+def _prepared(grid: KeyFrameGrid, max_voxels: int | None) -> KeyFrameGrid:
+    """The most probable voxels in the order of the store, with features of unit length."""
+    kept = np.arange(len(grid.occupancy))
+    if max_voxels is not None and len(kept) > max_voxels:
+        kept = np.sort(np.argsort(-grid.occupancy, kind="stable")[:max_voxels])
+    features = grid.features[kept]
+    features /= np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+    return dataclasses.replace(
+        grid, coordinates=grid.coordinates[kept], occupancy=grid.occupancy[kept], features=features
+    )
 
 
 class PhraseScorer:
@@ -112,11 +130,11 @@ class PhraseScorer:
         self._scene, self._clip, self._threshold = scene, grids.clip, threshold
         self.background = tuple(background)
         self._known: dict[str, np.ndarray] = {}
-        self._behind: list[np.ndarray] = []
+        self._behind = [np.zeros((len(grid.coordinates), 0), np.float32) for grid in scene.grids]
         if self.background:
             vectors = embed_phrases(self._clip, self.background, cache_dir=user_text_cache())
             self._known = dict(zip(self.background, vectors, strict=True))
-            self._behind = [directions @ vectors.T for directions in scene.directions]
+            self._behind = [grid.features @ vectors.T for grid in scene.grids]
 
     def __call__(self, text: str) -> dict[str, Any]:
         """A phrase as the page wants it: similarity of every voxel, colour range, and whether it seems to be there.
@@ -125,32 +143,21 @@ class PhraseScorer:
           ValueError: an empty phrase.
         """
         vector = self._known[text] if text in self._known else embed_phrases(self._clip, [text])[0]
-        similarities = [directions @ vector for directions in self._scene.directions]
+        similarities = [grid.features @ vector for grid in self._scene.grids]
         everywhere = np.concatenate(similarities)
         low, high = _range(everywhere)
-        columns = rivals_of(text, self.background)
         verdicts = []
-        for frame, similarity in enumerate(similarities):
-            if not columns or not len(similarity):
-                verdicts.append({"margin": None, "present": bool(len(similarity)), "rival": ""})
-                continue
-            behind = self._behind[frame][:, columns]
-            lead = similarity - behind.max(-1)
-            most = int(np.argmax(lead))
-            verdicts.append(
-                {
-                    "margin": float(lead[most]),
-                    "present": bool(lead[most] >= self._threshold),
-                    "rival": self.background[columns[int(np.argmax(behind[most]))]],
-                }
-            )
-        colours = np.quantile(everywhere, _COLOUR_QUANTILES) if everywhere.size else (0.0, 1.0)
+        for similarity, behind in zip(similarities, self._behind, strict=True):
+            margin, rival = largest_lead(similarity, behind, text, self.background)
+            finite = margin if np.isfinite(margin) else None  # JSON has no infinity
+            verdicts.append({"margin": finite, "present": margin >= self._threshold, "rival": rival})
+        colour_low, colour_high = similarity_range(everywhere)
         return {
             "text": text,
             "low": low,
             "high": high,
-            "colour_low": float(colours[0]),
-            "colour_high": float(colours[1]),
+            "colour_low": colour_low,
+            "colour_high": colour_high,
             "similarity": [_base64(_as_bytes(similarity, low, high)) for similarity in similarities],
             "verdicts": verdicts,
             "threshold": self._threshold,
@@ -170,7 +177,7 @@ def scene_json(
       classifier: gives every voxel its class.
     """
     volume = scene.grids[0].volume
-    components = _principal_components(np.concatenate(scene.directions))
+    components = _PrincipalComponents([grid.features for grid in scene.grids])
     assigned = [assigned_classes(grid.features, classifier) for grid in scene.grids]
     low, high = _range(np.concatenate([score for _, score in assigned]))
     return {
@@ -182,23 +189,25 @@ def scene_json(
             for index, name in enumerate(CLASS_NAMES[:EMPTY])
         ],
         "class_score": {"low": low, "high": high},
+        "similarity_colours": SIMILARITY_STOPS,
         "phrases": [scorer(text) for text in dict.fromkeys(phrases)],
         "cameras": [camera.removeprefix("CAM_").replace("_", " ").lower() for camera in CAMERAS],
         "frames": [
             {
                 "sample_token": grid.sample_token,
                 "timestamp": grid.timestamp,
-                "ego_to_global": (grid.ego_to_global @ grid.lidar_to_ego)[:3].reshape(-1).tolist(),
+                "lidar_to_global": (grid.ego_to_global @ grid.lidar_to_ego)[:3].reshape(-1).tolist(),
+                "stored_voxels": stored,
                 "coordinates": _base64(grid.coordinates),
                 "occupancy": _base64(_as_bytes(grid.occupancy, 0.0, 1.0)),
                 "class": _base64(classes),
                 "class_score": _base64(_as_bytes(score, low, high)),
-                "principal": _base64(components[directions_slice]),
+                "principal": _base64(components(grid.features)),
                 "lidar": _base64(_lidar(record)),
                 "images": [_image(record, camera) for camera in range(len(CAMERAS))],
             }
-            for grid, record, (classes, score), directions_slice in zip(
-                scene.grids, scene.key_frames, assigned, _slices(scene.directions), strict=True
+            for grid, stored, record, (classes, score) in zip(
+                scene.grids, scene.stored, scene.key_frames, assigned, strict=True
             )
         ],
     }
@@ -207,11 +216,6 @@ def scene_json(
 def default_classifier(grids: FeatureGrids) -> TextClassifier:
     """The official zero-shot classes, in the words of the store's text tower."""
     return zero_shot_classifier(grids.clip, cache_dir=user_text_cache())
-
-
-def _slices(parts: Sequence[np.ndarray]) -> list[slice]:
-    ends = np.cumsum([len(part) for part in parts])
-    return [slice(int(end) - len(part), int(end)) for part, end in zip(parts, ends, strict=True)]
 
 
 def _range(values: Float[np.ndarray, " values"]) -> tuple[float, float]:
@@ -242,19 +246,30 @@ def assigned_classes(
     return by_class.argmax(-1).astype(np.uint8), by_class.max(-1)
 
 
-def _principal_components(directions: Float[np.ndarray, "voxels dim"]) -> UInt8[np.ndarray, "voxels 3"]:
+class _PrincipalComponents:
     """The three main directions in which features differ, as red, green and blue."""
-    colours = np.zeros((len(directions), 3), np.uint8)
-    if len(directions) < 2:
+
+    def __init__(self, features: Sequence[Float[np.ndarray, "voxels dim"]]) -> None:
+        """Finds them from at most `_PCA_VOXELS` voxels, evenly spread over the key frames' features."""
+        step = max(1, -(-sum(map(len, features)) // _PCA_VOXELS))
+        sample = np.concatenate([of_frame[::step] for of_frame in features])
+        self._mean = sample.mean(0) if len(sample) else np.zeros(sample.shape[1], np.float32)
+        sample -= self._mean
+        _, axes = np.linalg.eigh(sample.T @ sample)
+        # The largest last; and a sign of its own choosing would flicker.
+        axes = axes[:, ::-1][:, :3]
+        self._axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
+        self._ranges = [(0.0, 1.0)] * self._axes.shape[1]
+        if len(sample):
+            ends = np.quantile(sample @ self._axes, _PCA_QUANTILES, axis=0)
+            self._ranges = [(float(low), max(float(high), float(low) + 1e-6)) for low, high in ends.T]
+
+    def __call__(self, features: Float[np.ndarray, "voxels dim"]) -> UInt8[np.ndarray, "voxels 3"]:
+        colours = np.zeros((len(features), 3), np.uint8)
+        values = features @ self._axes - self._mean @ self._axes
+        for channel, (low, high) in enumerate(self._ranges):
+            colours[:, channel] = _as_bytes(values[:, channel], low, high)
         return colours
-    centred = directions - directions.mean(0)
-    _, axes = np.linalg.eigh(centred.T @ centred)
-    for channel in range(min(3, axes.shape[1])):
-        axis = axes[:, -1 - channel]
-        values = centred @ (axis * np.sign(axis[np.argmax(np.abs(axis))]))  # a sign of its own choosing would flicker
-        low, high = np.quantile(values, _PCA_QUANTILES)
-        colours[:, channel] = _as_bytes(values, low, max(high, low + 1e-6))
-    return colours
 
 
 def _lidar(key_frame: KeyFrame) -> np.ndarray:

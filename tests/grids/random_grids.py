@@ -3,7 +3,8 @@
 import numpy as np
 
 from pop3d_jax.grids.encoding import encode, train_codebook
-from pop3d_jax.grids.store import SHARD_KEY_FRAMES, GridStore, describe_arrays, rows_per_key_frame
+from pop3d_jax.grids.layout import SHARD_KEY_FRAMES, describe_arrays, rows_per_key_frame
+from pop3d_jax.grids.store import GridStore
 
 DIM = 16
 KEY_FRAMES = 19

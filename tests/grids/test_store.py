@@ -13,7 +13,8 @@ from random_grids import DIM, KEY_FRAMES, ROWS, attributes_of, write_store
 
 from pop3d_jax.grids.encoding import decode, encode
 from pop3d_jax.grids.feature_grids import FeatureGrids
-from pop3d_jax.grids.store import SHARD_KEY_FRAMES, GridStore, GridStoreError, describe_arrays
+from pop3d_jax.grids.layout import SHARD_KEY_FRAMES, describe_arrays
+from pop3d_jax.grids.store import GridStore, GridStoreError
 
 _PROJECT = Path(__file__).resolve().parent.parent.parent
 
@@ -136,7 +137,7 @@ def test_a_quota_is_named(make_store, tmp_path):
         import resource, signal
         import numpy as np
         from pop3d_jax.grids.store import GridStore, GridStoreError
-        from pop3d_jax.grids.store import describe_arrays
+        from pop3d_jax.grids.layout import describe_arrays
         from random_grids import *
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         arrays = describe_arrays(KEY_FRAMES, ROWS, DIM, "int8", None)

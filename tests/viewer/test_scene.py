@@ -1,6 +1,7 @@
 import base64
 import dataclasses
 import io
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,15 +91,13 @@ def test_similarities_are_cosines_in_eight_bits(scene, grids, content):
             np.testing.assert_allclose(phrase["low"] + step * decoded(stored), cosines, atol=0.51 * step)
 
 
-def test_the_verdict_is_that_of_the_search(grids, scene, scorer):
-    for phrase in ("a red car", "road", "a tall tree"):
-        answer = scorer(phrase)
-        hits = {hit.sample_token: hit for hit in grids.search(phrase, top=len(grids), background=BACKGROUND)}
-        for grid, verdict in zip(scene.grids, answer["verdicts"], strict=True):
-            hit = hits[grid.sample_token]
-            assert verdict["margin"] == pytest.approx(hit.margin, abs=1e-5)
-            assert verdict["present"] == hit.present
-            assert verdict["rival"] == hit.background
+def test_a_phrase_is_present_where_its_lead_reaches_the_threshold(scene, grids, scorer):
+    margins = [verdict["margin"] for verdict in scorer("a red car")["verdicts"]]
+    assert min(margins) < max(margins)
+    judged = PhraseScorer(scene, grids, BACKGROUND, threshold=max(margins))("a red car")["verdicts"]
+    assert [verdict["margin"] for verdict in judged] == margins
+    assert [verdict["present"] for verdict in judged] == [margin == max(margins) for margin in margins]
+    assert {verdict["rival"] for verdict in judged} <= set(BACKGROUND)
 
 
 def test_without_a_background_nothing_is_judged(scene, grids):
@@ -135,17 +134,87 @@ def test_images_are_made_smaller_with_their_projection(scene, classifier, scorer
         np.testing.assert_allclose(depth, full_depth)
 
 
+def with_features(scene, features):
+    """The scene with other voxels: as many as there are features of each key frame."""
+    grids = [
+        dataclasses.replace(
+            grid,
+            coordinates=np.resize(grid.coordinates, (len(rows), 3)),
+            occupancy=np.resize(grid.occupancy, len(rows)),
+            features=rows.astype(np.float32),
+        )
+        for grid, rows in zip(scene.grids, features, strict=True)
+    ]
+    return dataclasses.replace(scene, grids=grids)
+
+
 def test_like_features_have_like_colours(scene, classifier, scorer):
     """Principal components see the main difference: two kinds of features become two colours, apart in red."""
     generator = np.random.default_rng(0)
     kinds = [np.arange(len(grid.features)) % 2 for grid in scene.grids]
-    axes = np.linalg.qr(generator.normal(size=(scene.directions[0].shape[1], 2)))[0].T.astype(np.float32)
-    directions = [axes[kind] + 0.01 * generator.normal(size=(len(kind), axes.shape[1])) for kind in kinds]
-    changed = dataclasses.replace(scene, directions=directions)
+    axes = np.linalg.qr(generator.normal(size=(scene.grids[0].features.shape[1], 2)))[0].T
+    features = [axes[kind] + 0.01 * generator.normal(size=(len(kind), axes.shape[1])) for kind in kinds]
+    changed = with_features(scene, features)
     content = scene_json(changed, 0, scorer, [], classifier)
     for kind, frame in zip(kinds, content["frames"], strict=True):
         red = decoded(frame["principal"]).reshape(-1, 3)[:, 0].astype(int)
         assert abs(red[kind == 0].mean() - red[kind == 1].mean()) > 200
+
+
+def test_main_directions_are_the_same_when_few_voxels_tell_them(scene, classifier, scorer, monkeypatch):
+    """A sample of the voxels gives nearly the colours of all, and comes from all key frames."""
+    generator = np.random.default_rng(0)
+    spread = np.diag([8.0, 4.0, 2.0, *np.full(13, 0.1)])
+    changed = with_features(scene, [generator.normal(size=(3_000, 16)) @ spread for _ in scene.grids])
+    colours = []
+    for voxels in (100_000, 1_000):
+        monkeypatch.setattr(scene_module, "_PCA_VOXELS", voxels)
+        frames = scene_json(changed, 0, scorer, [], classifier)["frames"]
+        colours.append(np.concatenate([decoded(frame["principal"]) for frame in frames]).reshape(-1, 3).astype(int))
+    assert np.abs(colours[0] - colours[1]).mean() < 12
+    assert np.abs(colours[0] - colours[0][::-1]).mean() > 60
+
+
+def test_the_memory_is_that_of_one_key_frame(scene, grids, classifier):
+    """Beside the features themselves, what is made of them one key frame after the other."""
+    generator = np.random.default_rng(0)
+    many = dataclasses.replace(
+        scene, grids=scene.grids * 20, stored=scene.stored * 20, key_frames=scene.key_frames * 20
+    )
+    many = with_features(many, [generator.normal(size=(20_000, 16)) for _ in many.grids])
+    together = sum(grid.features.nbytes for grid in many.grids)
+    tracemalloc.start()
+    try:
+        components = scene_module._PrincipalComponents([grid.features for grid in many.grids])
+        for grid in many.grids:
+            components(grid.features)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < together / 5
+
+
+def test_the_most_probable_voxels_are_kept(grids, source, scene):
+    few, _ = read_scene(grids, source, "0", max_voxels=10)
+    assert few.stored == scene.stored == [len(grid.coordinates) for grid in scene.grids]
+    for grid, whole in zip(few.grids, scene.grids, strict=True):
+        kept = np.flatnonzero((whole.coordinates[:, None] == grid.coordinates).all(-1).any(-1))
+        assert len(kept) == 10 < len(whole.coordinates)
+        assert grid.occupancy.min() >= np.delete(whole.occupancy, kept).max()
+        for name in ("coordinates", "occupancy", "features"):
+            np.testing.assert_array_equal(getattr(grid, name), getattr(whole, name)[kept])
+    assert len(read_scene(grids, source, "0", max_voxels=10**6)[0].grids[0].coordinates) == scene.stored[0]
+
+
+def test_features_have_unit_length(scene):
+    for grid in scene.grids:
+        np.testing.assert_allclose(np.linalg.norm(grid.features, axis=-1), 1.0, rtol=1e-5)
+
+
+def test_places_in_the_world(scene, content):
+    for grid, frame in zip(scene.grids, content["frames"], strict=True):
+        matrix = np.reshape(frame["lidar_to_global"], (3, 4))
+        np.testing.assert_allclose(matrix, (grid.ego_to_global @ grid.lidar_to_ego)[:3])
 
 
 def test_a_key_frame_without_voxels(scene, grids, classifier):
@@ -155,7 +224,7 @@ def test_a_key_frame_without_voxels(scene, grids, classifier):
         )
         for grid in scene.grids
     ]
-    nothing = dataclasses.replace(scene, grids=empty, directions=[directions[:0] for directions in scene.directions])
+    nothing = dataclasses.replace(scene, grids=empty)
     scorer = PhraseScorer(nothing, grids, BACKGROUND)
     content = scene_json(nothing, 0, scorer, ["a red car"], classifier)
     assert content["phrases"][0]["verdicts"] == [{"margin": None, "present": False, "rival": ""}] * 2

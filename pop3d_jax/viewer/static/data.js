@@ -60,7 +60,15 @@ export class SceneData {
 
 // Voxels in the order of falling similarity, at most `count`.
 export function bestVoxels(similarity, count) {
-  const order = Array.from(similarity.keys());
-  order.sort((a, b) => similarity[b] - similarity[a] || a - b);
-  return order.slice(0, count);
+  // Bytes are counted, not sorted: only those that can be among the best are.
+  const counts = new Uint32Array(256);
+  for (let i = 0; i < similarity.length; i++) counts[similarity[i]]++;
+  let least = 255;
+  for (let seen = counts[least]; seen < count && least > 0; seen += counts[least]) least--;
+  const order = [];
+  const room = count - counts.subarray(least + 1).reduce((sum, number) => sum + number, 0);
+  for (let i = 0, ties = 0; i < similarity.length; i++) {
+    if (similarity[i] > least || (similarity[i] === least && ties++ < room)) order.push(i);
+  }
+  return order.sort((a, b) => similarity[b] - similarity[a] || a - b);
 }

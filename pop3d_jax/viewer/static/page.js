@@ -11,7 +11,7 @@ const at = (id) => document.getElementById(id);
 const data = new SceneData(JSON.parse(at("scene-data").textContent));
 const view = new VoxelView(at("voxels"), data.volume);
 const images = new ImageStrip(at("images"), data.cameras);
-const state = { number: data.first, mode: "class", phrase: data.phrases[0], selected: -1, dark: false };
+const state = { number: data.first, mode: "class", phrase: data.phrases[0], hits: [], selected: -1, dark: false };
 
 const frame = () => data.frame(state.number);
 const similarity = () => state.phrase && data.similarity(state.phrase, state.number);
@@ -31,13 +31,17 @@ function showFrame(number) {
 function refresh() {
   const current = frame();
   view.setColours(coloursOf(state.mode, data, current, state.phrase, similarity()));
-  view.mark(state.selected);
-  const hits = state.phrase ? bestVoxels(similarity(), HITS_RINGED) : [];
-  images.mark(hits, state.selected);
+  state.hits = state.phrase ? bestVoxels(similarity(), HITS_RINGED) : [];
   showLegend(current);
-  showAnswer(current, hits);
-  at("details").replaceChildren(...(state.selected < 0 ? [] : description(current, state.selected)));
+  showAnswer(current, state.hits);
+  showSelected();
   at("count").textContent = `${current.count.toLocaleString("en")} voxels`;
+}
+
+function showSelected() {
+  view.mark(state.selected);
+  images.mark(state.hits, state.selected);
+  at("details").replaceChildren(...(state.selected < 0 ? [] : description(frame(), state.selected)));
 }
 
 function element(name, text, className = "") {
@@ -78,11 +82,15 @@ function showLegend(current) {
         ? [`${minimum[2].toFixed(1)} m`, `${maximum[2].toFixed(1)} m`]
         : [state.phrase.colour_low.toFixed(3), state.phrase.colour_high.toFixed(3)];
     const bar = element("div", "", "bar");
-    bar.style.background = gradient(state.mode);
+    bar.style.background = gradient(state.mode, data);
     const row = element("div", "", "row spread");
     row.append(...ends.map((end) => element("span", end)));
     const what = state.mode === "height" ? "height over the lidar" : `similarity with “${state.phrase.text}” (cosine)`;
     legend.replaceChildren(bar, row, element("p", what));
+  }
+  if (current.count < current.stored_voxels) {
+    const [shown, stored] = [current.count, current.stored_voxels].map((number) => number.toLocaleString("en"));
+    legend.append(element("p", `${shown} of ${stored} voxels shown, the most probable (--max_voxels).`, "left-out"));
   }
 }
 
@@ -133,7 +141,7 @@ function oneLine(current, voxel) {
 // Name and value of everything that is known of a voxel.
 function description(current, voxel) {
   const place = metres(current, voxel);
-  const m = current.ego_to_global;
+  const m = current.lidar_to_global;
   const world = [0, 4].map((row) => m[row] * place.x + m[row + 1] * place.y + m[row + 2] * place.z + m[row + 3]);
   const facts = [
     ["class", data.classes[current.classes[voxel]].name],
@@ -150,7 +158,7 @@ function description(current, voxel) {
 
 function select(voxel) {
   state.selected = voxel;
-  refresh();
+  showSelected();
 }
 
 function setMode(mode) {

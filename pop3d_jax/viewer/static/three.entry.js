@@ -2,8 +2,7 @@
 //   npm install three@0.187.0 esbuild@0.28.2
 //   npx esbuild three.entry.js --bundle --minify --format=esm --legal-comments=inline --outfile=three.bundle.js
 export {
-  AmbientLight, BoxGeometry, BufferAttribute, BufferGeometry, Color, DirectionalLight, EdgesGeometry, GridHelper,
-  InstancedMesh, LineBasicMaterial, LineSegments, Matrix4, Mesh, MeshLambertMaterial, PerspectiveCamera, Points,
-  PointsMaterial, Raycaster, REVISION, Scene, SRGBColorSpace, Vector2, Vector3, WebGLRenderer,
+  AmbientLight, BoxGeometry, BufferAttribute, BufferGeometry, Color, DirectionalLight, DoubleSide, GridHelper, Mesh,
+  MeshLambertMaterial, PerspectiveCamera, Points, PointsMaterial, REVISION, Scene, ShaderMaterial, Vector3, WebGLRenderer,
 } from "three";
 export { OrbitControls } from "three/addons/controls/OrbitControls.js";
