@@ -70,15 +70,15 @@ def has_tag(cell: nbformat.NotebookNode, tag: str) -> bool:
 
 
 def seconds_of_cells(notebook: nbformat.NotebookNode) -> Iterator[tuple[int, str, float]]:
-    """Number, line that says most, and seconds of every cell that `execute` executed."""
+    """Number, last command (or first line), and seconds of every cell that `execute` executed."""
     for cell in notebook.cells:
         if times := cell.metadata.get("execution"):
             began, ended = (
                 datetime.datetime.fromisoformat(times[moment]) for moment in ("iopub.status.busy", "iopub.status.idle")
             )
             lines = [line for line in cell.source.splitlines() if not line.startswith("%%time")]
-            command = next((line.strip() for line in lines if line.lstrip().startswith("!")), lines[0])
-            yield cell.execution_count, command, (ended - began).total_seconds()
+            commands = [line.strip() for line in lines if line.lstrip().startswith("!")]
+            yield cell.execution_count, [*lines[:1], *commands][-1], (ended - began).total_seconds()
 
 
 def main(_: list[str]) -> None:
