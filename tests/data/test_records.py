@@ -61,7 +61,7 @@ def _write(folder, counts, split="train"):
     numbers = iter(range(sum(counts)))
     written = []
     for shard, count in enumerate(counts):
-        name = f"{shards.DATASET_NAME}-{split}.tfrecord-{shard:05d}-of-{len(counts):05d}"
+        name = f"{shards.shard_prefix(shards.FIRST_DATASET)}-{split}.tfrecord-{shard:05d}-of-{len(counts):05d}"
         frames = [_key_frame(next(numbers), points=3 + shard) for _ in range(count)]
         written.append(
             shards.write_shard(folder / name, [(frame.sample_token, encode_record(frame)) for frame in frames])
