@@ -30,6 +30,7 @@ _TABLE_NAMES = {
     ("numpy.core.numeric", "_frombuffer"),
     ("numpy._core.numeric", "_frombuffer"),
     ("builtins", "slice"),
+    ("__builtin__", "slice"),  # so called up to protocol 2
     ("_codecs", "encode"),
 }
 

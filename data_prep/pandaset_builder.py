@@ -158,7 +158,7 @@ def _read_scene(folder: epath.Path, cameras: tuple[str, ...]) -> SceneKeyFrames:
     poses, times = {}, {}
     for sensor, place in sensors.items():
         poses[sensor] = [_pose(entry, place / "poses.json") for entry in _json(place / "poses.json")]
-        times[sensor] = _json(place / "timestamps.json")
+        times[sensor] = _microseconds(place / "timestamps.json")
     intrinsics = np.stack([_intrinsics(sensors[camera] / "intrinsics.json") for camera in cameras])
     frames = sorted(path.name.removesuffix(".pkl.gz") for path in sensors["lidar"].glob("*.pkl.gz"))
     if not frames:
@@ -178,7 +178,7 @@ def _read_scene(folder: epath.Path, cameras: tuple[str, ...]) -> SceneKeyFrames:
                 sample_token=token,
                 scene_token=folder.name,
                 scene_name=folder.name,
-                timestamp=_microseconds(times["lidar"][number]),
+                timestamp=times["lidar"][number],
                 lidar_token=f"{token}_lidar",
                 lidar_file=f"{folder.name}/lidar/{frame}.pkl.gz",
                 label_file=f"{folder.name}/{_LABELS}/{frame}.pkl.gz",
@@ -186,7 +186,7 @@ def _read_scene(folder: epath.Path, cameras: tuple[str, ...]) -> SceneKeyFrames:
                 ego_to_global=ego_to_world,
                 camera_tokens=[f"{token}_{camera}" for camera in cameras],
                 camera_files=[f"{folder.name}/camera/{camera}/{frame}.jpg" for camera in cameras],
-                camera_timestamps=np.array([_microseconds(times[camera][number]) for camera in cameras], np.int64),
+                camera_timestamps=np.array([times[camera][number] for camera in cameras], np.int64),
                 image_sizes=[],
                 intrinsics=intrinsics,
                 lidar_to_camera=np.stack([invert_rigid(poses[camera][number]) @ ego_to_world for camera in cameras]),
@@ -195,8 +195,12 @@ def _read_scene(folder: epath.Path, cameras: tuple[str, ...]) -> SceneKeyFrames:
     return scene
 
 
-def _microseconds(seconds: float) -> int:
-    return round(float(seconds) * 1e6)
+def _microseconds(path: epath.Path) -> list[int]:
+    content = _json(path)
+    try:
+        return [round(float(seconds) * 1e6) for seconds in content]
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"{path} is no list of seconds ({error}): {_AGAIN}") from error
 
 
 def read_key_frame(source: epath.PathLike, row: KeyFrameRow, *, dataset: str) -> KeyFrame:
