@@ -1,10 +1,14 @@
-"""Builds records from a folder in nuScenes' layout, and verifies them.
+"""Builds records from a data set in its official layout, and verifies them.
 
     python -m data_prep.build --source DIR --version v1.0-mini --split mini_train --out RECORDS
+    python -m data_prep.build --dataset semantic_kitti --source DIR --split train --out RECORDS
     python -m data_prep.build --check --out RECORDS
 
+Data sets: nuscenes, semantic_kitti, and pandar64 and pandar_gt, which both are read from PandaSet's folder.
+
 Builds run in parallel over scenes. One that was interrupted goes on where it stopped when the same command is given
-again, and does nothing where all is done. Several splits of one version share a records folder.
+again, and does nothing where all is done. Several splits of one version of one data set share a
+records folder.
 
 Exit status: 0 done, 1 stopped by an error (or --check found problems), 3 done but key frames were skipped.
 """
@@ -15,6 +19,7 @@ from absl import app, flags, logging
 from etils import epath
 
 from data_prep import check_records, parallel, splits
+from data_prep.layouts import DATASETS
 from data_prep.split_build import BuildError, build_split
 from data_prep.table_rows import SourceError
 from pop3d_jax.commands import run
@@ -35,7 +40,8 @@ def _check() -> int:
 
 
 def _build() -> int:
-    missing = [name for name in ("source", "version", "split") if flags.FLAGS[name].value is None]
+    needed = ("source", "version", "split") if flags.FLAGS.dataset == "nuscenes" else ("source", "split")
+    missing = [name for name in needed if flags.FLAGS[name].value is None]
     if missing:
         raise app.UsageError(f"building needs {', '.join('--' + name for name in missing)}")
     index = build_split(
@@ -43,6 +49,7 @@ def _build() -> int:
         flags.FLAGS.version,
         flags.FLAGS.split,
         flags.FLAGS.out,
+        dataset=flags.FLAGS.dataset,
         skip_errors=flags.FLAGS.on_error == "skip",
         workers=flags.FLAGS.workers,
         beam_options=flags.FLAGS.beam_option if flags.FLAGS.runner == "beam" else None,
@@ -62,10 +69,19 @@ def _build() -> int:
 
 def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
-    flags.DEFINE_string("source", None, "Root of the data set, local or gs://: holds --version and samples/.")
-    flags.DEFINE_enum("version", None, list(splits.SPLITS_OF_VERSION), "Folder of the tables.")
+    flags.DEFINE_enum("dataset", "nuscenes", DATASETS, "Data set, by the layout of its folder.")
     flags.DEFINE_string(
-        "split", None, "mini_train, mini_val (v1.0-mini); train, val (v1.0-trainval); test (v1.0-test)."
+        "source",
+        None,
+        "Root of the data set, local or gs://: holds --version and samples/ (nuscenes), dataset/sequences/ "
+        "(semantic_kitti), or the scenes 001, 002, ... (pandar64, pandar_gt).",
+    )
+    flags.DEFINE_enum("version", None, list(splits.SPLITS_OF_VERSION), "Folder of the tables; of nuscenes only.")
+    flags.DEFINE_string(
+        "split",
+        None,
+        "mini_train, mini_val (v1.0-mini); train, val (v1.0-trainval); test (v1.0-test). "
+        "semantic_kitti: train, val, test. pandar64, pandar_gt: train, val.",
     )
     flags.DEFINE_string("out", None, "Records folder, local or gs://; made if it does not exist.", required=True)
     flags.DEFINE_enum(

@@ -8,9 +8,10 @@ import numpy as np
 from etils import epath
 
 from data_prep import parallel
-from data_prep.sensor_files import jpeg_size
+from data_prep.sensor_files import image_size
 from pop3d_jax.data.records import KeyFrame, decode_record
-from pop3d_jax.data.shards import DATASET_NAME, RecordError, ShardIndex, read_index, unframe_record
+from pop3d_jax.data.shards import RecordError, ShardIndex, read_index, shard_prefix, unframe_record
+from pop3d_jax.lidar_datasets import LIDAR_DATASETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +59,12 @@ def check_records(records_dir: epath.PathLike, split: str | None, workers: int) 
 
 def _check_split(folder: epath.Path, split: str, workers: int) -> SplitCheck:
     index = read_index(folder, split)
-    work = [(str(folder), shard) for shard in index.shards]
+    work = [(str(folder), index.dataset, shard) for shard in index.shards]
     checks = parallel.run(_check_shard, work, workers, f"checking {split}")
     problems = [problem for check in checks for problem in check.problems]
     problems += _check_metadata(folder, split, index.shards)
     indexed = {shard.file for shard in index.shards}
-    strays = sorted(path.name for path in folder.glob(f"{DATASET_NAME}-{split}.tfrecord-*"))
+    strays = sorted(path.name for path in folder.glob(f"{shard_prefix(index.dataset)}-{split}.tfrecord-*"))
     problems += [f"{folder / name}: not in the index, delete it" for name in strays if name not in indexed]
     tokens = [token for shard in index.shards for token in shard.sample_tokens]
     if len(set(tokens)) != len(tokens):
@@ -93,8 +94,8 @@ def _check_metadata(folder: epath.Path, split: str, shards: list[ShardIndex]) ->
     return []
 
 
-def _check_shard(work: tuple[str, ShardIndex]) -> _ShardCheck:
-    folder, shard = work
+def _check_shard(work: tuple[str, str, ShardIndex]) -> _ShardCheck:
+    folder, dataset, shard = work
     path = epath.Path(folder) / shard.file
     try:
         content = path.read_bytes()
@@ -111,7 +112,7 @@ def _check_shard(work: tuple[str, ShardIndex]) -> _ShardCheck:
     for number, (offset, length) in enumerate(zip(shard.offsets, shard.lengths, strict=True)):
         try:
             key_frame = decode_record(unframe_record(content[offset : offset + length]))
-            _check_key_frame(key_frame, shard.sample_tokens[number])
+            _check_key_frame(key_frame, shard.sample_tokens[number], dataset)
         except ValueError as error:
             problems.append(f"{path}, record {number} (sample {shard.sample_tokens[number]}): {error}")
         else:
@@ -120,7 +121,7 @@ def _check_shard(work: tuple[str, ShardIndex]) -> _ShardCheck:
     return _ShardCheck(points, labelled, problems)
 
 
-def _check_key_frame(key_frame: KeyFrame, sample_token: str) -> None:
+def _check_key_frame(key_frame: KeyFrame, sample_token: str, dataset: str) -> None:
     """Raises ValueError where a record decodes to something that cannot be a key frame."""
     if key_frame.sample_token != sample_token:
         raise ValueError(f"holds sample {key_frame.sample_token}")
@@ -129,9 +130,17 @@ def _check_key_frame(key_frame: KeyFrame, sample_token: str) -> None:
             raise ValueError(f"{name} is not finite")
     if len(key_frame.lidarseg) not in (0, len(key_frame.points)):
         raise ValueError(f"{len(key_frame.lidarseg)} labels for {len(key_frame.points)} points")
+    facts = LIDAR_DATASETS[dataset]
+    if len(key_frame.lidarseg) and key_frame.lidarseg.max() >= len(facts.raw_to_class):
+        raise ValueError(
+            f"label {key_frame.lidarseg.max()}, but {dataset} has {len(facts.raw_to_class)} raw categories"
+        )
+    counts = {len(key_frame.images), len(key_frame.intrinsics), len(key_frame.lidar_to_camera), len(facts.cameras)}
+    if len(counts) != 1:
+        raise ValueError(f"images, calibration and the cameras of {dataset} differ in number: {sorted(counts)}")
     for file, image in zip(key_frame.camera_files, key_frame.images, strict=True):
         try:
-            jpeg_size(image)
+            image_size(image)
         except ValueError as error:
             raise ValueError(f"image {file} {error}") from error
 

@@ -9,9 +9,10 @@ import dataclasses
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 
 from data_prep import splits
+from data_prep.key_frame_rows import KeyFrameRow, SceneKeyFrames, SplitKeyFrames
 from data_prep.table_rows import SourceError, TableFolder
 from pop3d_jax import geometry
 from pop3d_jax.nuscenes import CAMERAS, LIDAR, LIDARSEG_CATEGORIES
@@ -21,63 +22,6 @@ REQUIRED_TABLES = ("scene", "sample", "sample_data", "ego_pose", "calibrated_sen
 LABEL_TABLES = ("lidarseg", "category")
 
 _CHANNELS = (LIDAR, *CAMERAS)
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyFrameRow:
-    """What the tables say about one key frame; fields as in `pop3d_jax.data.records.KeyFrame`.
-
-    Attributes:
-      label_file: path below the data set's root, None where the data set has no point labels.
-      image_sizes: (height, width) that the tables give for each camera.
-    """
-
-    sample_token: str
-    scene_token: str
-    scene_name: str
-    timestamp: int
-    lidar_token: str
-    lidar_file: str
-    label_file: str | None
-    lidar_to_ego: Float64[np.ndarray, "4 4"]
-    ego_to_global: Float64[np.ndarray, "4 4"]
-    camera_tokens: list[str]
-    camera_files: list[str]
-    camera_timestamps: Int64[np.ndarray, "6"]
-    image_sizes: list[tuple[int, int]]
-    intrinsics: Float64[np.ndarray, "6 3 3"]
-    lidar_to_camera: Float64[np.ndarray, "6 4 4"]
-
-
-@dataclasses.dataclass(frozen=True)
-class SceneKeyFrames:
-    """The key frames of a scene in the order of their time.
-
-    Attributes:
-      broken: sample token and error of each key frame that the tables do not join to a whole.
-    """
-
-    scene_name: str
-    scene_token: str
-    key_frames: list[KeyFrameRow]
-    broken: list[tuple[str, str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitTables:
-    """A split of a data set.
-
-    Attributes:
-      scenes: those of the split that the data set has, by name in the official order.
-      absent_scenes: names of the split's other scenes.
-      labelled: whether there are point labels.
-      fingerprint: of the tables.
-    """
-
-    scenes: list[SceneKeyFrames]
-    absent_scenes: list[str]
-    labelled: bool
-    fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,7 +41,7 @@ def tables_fingerprint(source: epath.PathLike, version: str) -> str:
     return folder.fingerprint(REQUIRED_TABLES + tuple(name for name in LABEL_TABLES if folder.path(name).exists()))
 
 
-def read_tables(source: epath.PathLike, version: str, split: str) -> SplitTables:
+def read_tables(source: epath.PathLike, version: str, split: str) -> SplitKeyFrames:
     """Joins the tables of a nuScenes folder for one split.
 
     Args:
@@ -135,7 +79,7 @@ def read_tables(source: epath.PathLike, version: str, split: str) -> SplitTables
         else:
             scene.key_frames.append(row)
     official = splits.scene_names(split)
-    return SplitTables(
+    return SplitKeyFrames(
         scenes=[scenes[name] for name in official if name in scenes],
         absent_scenes=[name for name in official if name not in scenes],
         labelled=labels is not None,

@@ -5,15 +5,16 @@ from pathlib import PurePosixPath
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 
-from data_prep.nuscenes_tables import KeyFrameRow
+from data_prep.key_frame_rows import KeyFrameRow
 from data_prep.table_rows import SourceError
 from pop3d_jax.data.records import KeyFrame
 from pop3d_jax.nuscenes import LIDARSEG_CATEGORIES
 
 _POINT_BYTES = 20  # five float32: x, y, z, intensity, ring
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def read_key_frame(source: epath.PathLike, row: KeyFrameRow) -> KeyFrame:
@@ -31,24 +32,7 @@ def read_key_frame(source: epath.PathLike, row: KeyFrameRow) -> KeyFrame:
     labels = np.zeros(0, np.uint8)
     if row.label_file is not None:
         labels = _read_labels(source, row.lidar_token, row.label_file, len(points))
-    return KeyFrame(
-        images=images,
-        intrinsics=row.intrinsics,
-        lidar_to_camera=row.lidar_to_camera,
-        points=points,
-        lidarseg=labels,
-        lidar_to_ego=row.lidar_to_ego,
-        ego_to_global=row.ego_to_global,
-        sample_token=row.sample_token,
-        scene_token=row.scene_token,
-        scene_name=row.scene_name,
-        lidar_token=row.lidar_token,
-        lidar_file=row.lidar_file,
-        camera_tokens=row.camera_tokens,
-        camera_files=row.camera_files,
-        camera_timestamps=row.camera_timestamps,
-        timestamp=row.timestamp,
-    )
+    return row.key_frame(images, points, labels)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
@@ -71,6 +55,59 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
     except (OSError, SyntaxError) as error:
         raise ValueError(f"is cut off or damaged: {error}") from error
     return height, width
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Decodes a colour JPEG or PNG and tells its (height, width).
+
+    Raises:
+      ValueError: neither of them, no three channels, cut off, or undecodable.
+    """
+    if not data.startswith(_PNG_SIGNATURE):
+        return jpeg_size(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            width, height = image.size
+            if image.mode != "RGB":
+                raise ValueError(f"is a PNG of mode {image.mode}, not of three colours")
+            image.load()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"is cut off or damaged: {error}") from error
+    return height, width
+
+
+def read_named_file(source: epath.Path, file: str, way_out: str) -> bytes:
+    """Bytes of a sensor or label file below a data set's root.
+
+    Raises:
+      SourceError: it cannot be read; ends with `way_out`.
+    """
+    try:
+        return (source / file).read_bytes()
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else str(error)
+        raise SourceError(f"{source / file} {reason}: {way_out}") from error
+
+
+def read_whole_image(source: epath.Path, file: str, way_out: str) -> bytes:
+    """Bytes of an image file, as they are; raises SourceError where it is missing or damaged."""
+    data = read_named_file(source, file, way_out)
+    try:
+        image_size(data)
+    except ValueError as error:
+        raise SourceError(f"image {source / file} {error}: {way_out}") from error
+    return data
+
+
+def check_points(points: Float[np.ndarray, "points columns"], name: str) -> None:
+    """Raises SourceError, which starts with `name`, where there are no points or some that are not finite."""
+    if not len(points):
+        raise SourceError(f"{name} has no points")
+    broken = ~np.isfinite(points).all(axis=1)
+    if broken.any():
+        raise SourceError(
+            f"{name} has {broken.sum()} points that are NaN or infinite, the first is {int(broken.argmax())}"
+        )
 
 
 def _read_file(source: epath.Path, table: str, token: str, file: str) -> bytes:
@@ -107,11 +144,7 @@ def _read_points(source: epath.Path, token: str, file: str) -> Float32[np.ndarra
             f"{name} has {len(data)} bytes, not a positive multiple of {_POINT_BYTES} (five float32 a point)"
         )
     points = np.frombuffer(data, "<f4").reshape(-1, 5)
-    broken = ~np.isfinite(points).all(axis=1)
-    if broken.any():
-        raise SourceError(
-            f"{name} has {broken.sum()} points that are NaN or infinite, the first is {int(broken.argmax())}"
-        )
+    check_points(points, name)
     return points
 
 

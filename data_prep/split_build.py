@@ -10,18 +10,20 @@ from collections.abc import Sequence
 from absl import logging
 from etils import epath
 
-from data_prep import beam, parallel, splits
-from data_prep.nuscenes_builder import SceneShard, shard_path, write_metadata
-from data_prep.nuscenes_tables import SplitTables, read_tables, tables_fingerprint
+from data_prep import beam, parallel
+from data_prep.key_frame_rows import SplitKeyFrames
+from data_prep.keyframes_builder import KeyframesBuilder, SceneShard, shard_path, write_metadata
+from data_prep.layouts import layout_of
 from data_prep.table_rows import SourceError
 from pop3d_jax.data.shards import (
-    DATASET_NAME,
+    FIRST_DATASET,
     SCHEMA_VERSION,
     ShardIndex,
     SplitIndex,
     index_path,
     read_index,
     shard_index_path,
+    shard_prefix,
     write_json,
 )
 
@@ -32,10 +34,11 @@ class BuildError(ValueError):
 
 def build_split(
     source: epath.PathLike,
-    version: str,
+    version: str | None,
     split: str,
     out: epath.PathLike,
     *,
+    dataset: str = FIRST_DATASET,
     skip_errors: bool,
     workers: int,
     beam_options: Sequence[str] | None = None,
@@ -44,9 +47,10 @@ def build_split(
 
     Args:
       source: root of the data set.
-      version: such as "v1.0-mini".
+      version: such as "v1.0-mini"; None for a data set without versions.
       split: such as "mini_train".
       out: records folder.
+      dataset: one of `layouts.DATASETS`.
       skip_errors: leave out key frames that cannot be read. They are listed in the index and in
         build_report.json; a later build without this option tries them again.
       workers: number of processes; the records do not depend on it.
@@ -60,23 +64,24 @@ def build_split(
       BuildError: `out` holds another build, or something else.
       SplitError: a split that the version does not have.
     """
-    splits.check_split(version, split)
-    fingerprint = tables_fingerprint(source, version)
+    layout = layout_of(dataset, version, split)
+    fingerprint = layout.fingerprint(source)
     folder = epath.Path(out)
-    _claim(folder, version, fingerprint)
+    _claim(folder, dataset, layout.version, fingerprint)
     finished = _finished_index(folder, split, skip_errors)
     if finished is not None:
         logging.info("Nothing to do: %s has all of %s.", folder, split)
         return finished
 
     start = time.monotonic()
-    tables = read_tables(source, version, split)
+    tables = layout.read_split(source, split)
     count = sum(len(scene.key_frames) + len(scene.broken) for scene in tables.scenes)
+    scene_names = list(dict.fromkeys(scene.scene_name for scene in tables.scenes))
     logging.info(
         "Tables read in %.1f s: %d key frames in %d scenes of %s%s.",
         time.monotonic() - start,
         count,
-        len(tables.scenes),
+        len(scene_names),
         split,
         f"; {len(tables.absent_scenes)} scenes are not in this folder" if tables.absent_scenes else "",
     )
@@ -85,11 +90,11 @@ def build_split(
             for _, error in scene.broken:
                 raise SourceError(error)
     index_path(folder, split).unlink(missing_ok=True)
-    for path in folder.glob(f"{DATASET_NAME}-{split}.tfrecord-*.incomplete-*"):
+    for path in folder.glob(f"{shard_prefix(dataset)}-{split}.tfrecord-*.incomplete-*"):
         path.unlink()
 
-    shards = [SceneShard(os.fspath(source), scene) for scene in tables.scenes]
-    paths = [shard_path(folder, split, number, len(shards)) for number in range(len(shards))]
+    shards = [SceneShard(os.fspath(source), scene, layout.read_key_frame) for scene in tables.scenes]
+    paths = [shard_path(folder, dataset, split, number, len(shards)) for number in range(len(shards))]
     indexes = {path: _finished_shard(path, skip_errors) for path in paths}
     work = [(shard, path) for shard, path in zip(shards, paths, strict=True) if indexes[path] is None]
     if len(work) < len(shards):
@@ -104,7 +109,8 @@ def build_split(
         if None in written:
             raise BuildError(f"{work[written.index(None)][1]} was not written though the pipeline ended: see its log")
     indexes.update({path: index for (_, path), index in zip(work, written, strict=True)})
-    return _finish(folder, SplitIndex(SCHEMA_VERSION, version, fingerprint, split, list(indexes.values())), tables)
+    index = SplitIndex(SCHEMA_VERSION, layout.version, fingerprint, split, list(indexes.values()), dataset)
+    return _finish(folder, layout.builder, index, tables)
 
 
 def _write_shard(work: tuple[SceneShard, epath.Path], *, skip_errors: bool) -> ShardIndex:
@@ -112,10 +118,15 @@ def _write_shard(work: tuple[SceneShard, epath.Path], *, skip_errors: bool) -> S
     return shard.write(path, skip_errors=skip_errors)
 
 
-def _claim(folder: epath.Path, version: str, fingerprint: str) -> None:
+def _claim(folder: epath.Path, dataset: str, version: str, fingerprint: str) -> None:
     """Makes the folder one for this build, or checks that it is."""
     path = folder / "build.json"
-    identity = {"schema": SCHEMA_VERSION, "version": version, "source_fingerprint": fingerprint}
+    identity = {
+        "schema": SCHEMA_VERSION,
+        "dataset": dataset,
+        "version": version,
+        "source_fingerprint": fingerprint,
+    }
     if not path.exists():
         if folder.exists() and any(folder.iterdir()):
             raise BuildError(f"{folder} is not empty and holds no records: give another --out")
@@ -123,7 +134,7 @@ def _claim(folder: epath.Path, version: str, fingerprint: str) -> None:
         write_json(path, identity, indent=2)
         return
     try:
-        found = json.loads(path.read_text())
+        found = {"dataset": FIRST_DATASET} | json.loads(path.read_text())
     except ValueError as error:
         raise BuildError(f"{path} is damaged ({error}): give another --out") from error
     different = [name for name in identity if found.get(name) != identity[name]]
@@ -151,17 +162,20 @@ def _finished_shard(path: epath.Path, skip_errors: bool) -> ShardIndex | None:
     return index
 
 
-def _finish(folder: epath.Path, index: SplitIndex, tables: SplitTables) -> SplitIndex:
+def _finish(
+    folder: epath.Path, builder: type[KeyframesBuilder], index: SplitIndex, tables: SplitKeyFrames
+) -> SplitIndex:
     """Writes what describes the split; its index last, as that is the sign that all is done."""
     others = {path.stem.removeprefix("index_") for path in folder.glob("index_*.json")} - {index.split}
-    write_metadata(folder, [read_index(folder, name) for name in sorted(others)] + [index])
+    write_metadata(folder, builder, [read_index(folder, name) for name in sorted(others)] + [index])
 
     path = folder / "build_report.json"
     report = json.loads(path.read_text()) if path.exists() else {}
     report[index.split] = {
+        "dataset": index.dataset,
         "version": index.version,
         "fingerprint": index.fingerprint,
-        "scenes": [scene.scene_name for scene in tables.scenes],
+        "scenes": list(dict.fromkeys(scene.scene_name for scene in tables.scenes)),
         "absent_scenes": tables.absent_scenes,
         "key_frames": sum(len(shard.offsets) for shard in index.shards),
         "labelled": tables.labelled,

@@ -1,12 +1,18 @@
-"""Writes a small synthetic driving world in nuScenes' on-disk layout.
+"""Writes a small synthetic driving world in the on-disk layout of nuScenes, SemanticKITTI or PandaSet.
 
     python -m data_prep.synthetic --out DIR --scenes 20 --keyframes 8 --seed 0 --image_scale 0.25
+    python -m data_prep.synthetic --out DIR --layout semantic_kitti --scenes 4 --keyframes 10 --image_scale 0.5
 
 Scenes with roads, pavements, grass, buildings, trees, vehicles, people, cones and barriers are drawn from the seed and
 seen by six cameras and a 32-beam lidar, all by ray tracing of the same surfaces. The files depend on the seed and the
 flags alone, not on the number of workers. `data_prep.build --version v1.0-trainval --split train|val` reads them.
 
-In DIR, beside nuScenes' tables (version v1.0-trainval, key frames only), samples/, lidarseg/ and maps/:
+The other layouts have sensors of those data sets (`world/kitti_recording.py`, `world/pandaset_recording.py`), ten key
+frames a second, labels in the data sets' own ids (`world/label_maps.py`), and are read with --dataset=semantic_kitti,
+pandar64 or pandar_gt. Beside the official files they have world.json and the two folders of maps, no captions.
+
+In DIR of the layout nuscenes, beside its tables (version v1.0-trainval, key frames only), samples/, lidarseg/ and
+maps/:
 
 world.json            generator version, seed, flags, names of the scenes of both splits; "complete" when all is written
 captions.json         one entry for every thing of every scene: scene_name, number (1-based within the scene),
@@ -21,6 +27,7 @@ retrieval/            retrieval_anns_{train,val}.csv with lines `sample token;sp
                       annotations/*.npy, bool per point of the sweep: the layout of POP-3D's retrieval benchmark
 """
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -29,7 +36,10 @@ from typing import Any
 from absl import app, flags, logging
 
 from data_prep import parallel
+from data_prep.semantic_kitti_builder import SEQUENCES
 from data_prep.splits import scene_names
+from data_prep.world.kitti_recording import record_sequence
+from data_prep.world.pandaset_recording import record_pandaset_scene
 from data_prep.world.recording import SceneTask, record_scene
 from data_prep.world.tables import write_tables
 from pop3d_jax.commands import run
@@ -39,21 +49,40 @@ GENERATOR_VERSION = 1
 _VAL_SHARE = 0.2
 
 
+_RECORDERS = {
+    "nuscenes": record_scene,
+    "semantic_kitti": record_sequence,
+    "pandaset": record_pandaset_scene,
+}
+
+
 class WorldError(ValueError):
     """The world asked for cannot be written; says which flag to change."""
 
 
-def scenes_of(count: int) -> list[tuple[str, str]]:
+def _official_names(layout: str) -> dict[str, tuple[str, ...]]:
+    if layout == "nuscenes":
+        return {"train": scene_names("train"), "val": scene_names("val")}
+    if layout == "semantic_kitti":
+        return {split: SEQUENCES[split] for split in ("train", "val")}
+    # PandaSet's splits follow from where a scene lies, not from its name.
+    names = tuple(f"{number:03d}" for number in range(1, 104))
+    return {"train": names[:76], "val": names[76:]}
+
+
+def scenes_of(count: int, layout: str = "nuscenes") -> list[tuple[str, str]]:
     """(name, split) of `count` scenes: names from the official train and val lists, about four to one.
+
+    SemanticKITTI validates on one sequence, so one scene is held out there.
 
     Raises:
       WorldError: fewer than two scenes, or more than the official lists have.
     """
-    val = max(1, round(count * _VAL_SHARE))
-    names = {"train": scene_names("train"), "val": scene_names("val")}
+    val = 1 if layout == "semantic_kitti" else max(1, round(count * _VAL_SHARE))
+    names = _official_names(layout)
     if count < 2 or count - val > len(names["train"]) or val > len(names["val"]):
         most = len(names["train"]) + len(names["val"])
-        raise WorldError(f"--scenes {count}: a world has 2 to {most} scenes, which take their names from nuScenes")
+        raise WorldError(f"--scenes {count}: a world has 2 to {most} scenes, which take their names from {layout}")
     return [(name, "train") for name in names["train"][: count - val]] + [(name, "val") for name in names["val"][:val]]
 
 
@@ -82,15 +111,28 @@ def _write_world(out: Path, world: dict[str, Any], complete: bool) -> None:
     temporary.replace(out / "world.json")
 
 
+def _check_layout(layout: str) -> None:
+    if layout == "pandaset" and importlib.util.find_spec("pandas") is None:
+        raise WorldError("--layout pandaset writes pandas tables: pip install 'pop3d-jax[pandaset]'")
+
+
 def build_world(
-    out: Path, scenes: int, keyframes: int, seed: int, image_scale: float, workers: int, camera_jitter: float = 0.0
+    out: Path,
+    scenes: int,
+    keyframes: int,
+    seed: int,
+    image_scale: float,
+    workers: int,
+    camera_jitter: float = 0.0,
+    layout: str = "nuscenes",
 ) -> bool:
     """Writes the world, unless the folder already holds it; returns whether it wrote.
 
     Raises:
       WorldError: the folder holds something else, or there are not enough scene names.
     """
-    named = scenes_of(scenes)
+    named = scenes_of(scenes, layout)
+    _check_layout(layout)
     world = {
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
@@ -101,6 +143,8 @@ def build_world(
         "train_scenes": [name for name, split in named if split == "train"],
         "val_scenes": [name for name, split in named if split == "val"],
     }
+    if layout != "nuscenes":  # worlds of nuScenes' layout name none
+        world["layout"] = layout
     if not _claim(out, world):
         return False
     out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +153,9 @@ def build_world(
         SceneTask(out, seed, index, name, split, keyframes, image_scale, camera_jitter)
         for index, (name, split) in enumerate(named)
     ]
-    write_tables(out, parallel.run(record_scene, tasks, workers, "recording scenes"))
+    recorded = parallel.run(_RECORDERS[layout], tasks, workers, "recording scenes")
+    if layout == "nuscenes":
+        write_tables(out, recorded)
     _write_world(out, world, complete=True)
     return True
 
@@ -117,10 +163,17 @@ def build_world(
 def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
     flags.DEFINE_string("out", None, "Folder to write the world to; new, empty, or holding the same world.")
-    flags.DEFINE_integer("scenes", 20, "Number of scenes, a fifth of them in the val split.", lower_bound=2)
-    flags.DEFINE_integer("keyframes", 8, "Key frames of each scene, half a second apart.", 1, 40)
+    flags.DEFINE_enum("layout", "nuscenes", list(_RECORDERS), "Data set whose layout, sensors and label ids it has.")
+    flags.DEFINE_integer(
+        "scenes", 20, "Number of scenes, a fifth of them in the val split (semantic_kitti: one).", lower_bound=2
+    )
+    flags.DEFINE_integer(
+        "keyframes", 8, "Key frames of each scene, half a second apart (other layouts: a tenth).", 1, 40
+    )
     flags.DEFINE_integer("seed", 0, "Seed of the world.", lower_bound=0)
-    flags.DEFINE_float("image_scale", 0.25, "Size of the images as a share of 1600 x 900.", 0.02, 1.0)
+    flags.DEFINE_float(
+        "image_scale", 0.25, "Size of the images as a share of the data set's (nuscenes: 1600 x 900).", 0.02, 1.0
+    )
     flags.DEFINE_float(
         "camera_jitter",
         0.0,
@@ -144,6 +197,7 @@ def main(argv: list[str]) -> int:
             flags.FLAGS.image_scale,
             flags.FLAGS.workers,
             flags.FLAGS.camera_jitter,
+            flags.FLAGS.layout,
         )
     except WorldError as error:
         logging.error("%s", error)

@@ -18,7 +18,7 @@ _BETWEEN_ROWS = re.compile(r"[\s,]*")
 
 
 class SourceError(ValueError):
-    """Something wrong in a nuScenes folder; the message names table, token and file."""
+    """Something wrong in the folder of a data set; the message names table, token and file."""
 
 
 @dataclasses.dataclass(frozen=True)

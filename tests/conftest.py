@@ -120,6 +120,51 @@ def small_records(small_world: Path, make_once) -> Path:
     return make_once("small_records", make) / "records"
 
 
+def _layout_world(make_once: Callable[[str, Callable[[Path], object]], Path], layout: str, **flags: object) -> Path:
+    def make(folder: Path) -> None:
+        _run_module("data_prep.synthetic", out=folder / "world", layout=layout, scenes=2, keyframes=2, seed=0, **flags)
+
+    return make_once(f"{layout}_world", make) / "world"
+
+
+@pytest.fixture(scope="session")
+def semantic_kitti_world(make_once) -> Path:
+    """A synthetic world in SemanticKITTI's layout: sequences 00 (train) and 08 (val), two key frames each."""
+    return _layout_world(make_once, "semantic_kitti", image_scale=0.5)
+
+
+@pytest.fixture(scope="session")
+def pandaset_world(make_once) -> Path:
+    """A synthetic world in PandaSet's layout: scenes 001 (train) and 077 (val), two key frames each."""
+    return _layout_world(make_once, "pandaset", image_scale=0.25)
+
+
+@pytest.fixture(scope="session")
+def semantic_kitti_records(semantic_kitti_world: Path, make_once) -> Path:
+    """Records of the world in SemanticKITTI's layout, splits train and val."""
+    return _layout_records(make_once, semantic_kitti_world, "semantic_kitti")
+
+
+@pytest.fixture(scope="session")
+def pandar64_records(pandaset_world: Path, make_once) -> Path:
+    """Records of the spinning lidar of the world in PandaSet's layout, splits train and val."""
+    return _layout_records(make_once, pandaset_world, "pandar64")
+
+
+@pytest.fixture(scope="session")
+def pandar_gt_records(pandaset_world: Path, make_once) -> Path:
+    """Records of the forward lidar of the world in PandaSet's layout, splits train and val."""
+    return _layout_records(make_once, pandaset_world, "pandar_gt")
+
+
+def _layout_records(make_once: Callable[[str, Callable[[Path], object]], Path], world: Path, dataset: str) -> Path:
+    def make(folder: Path) -> None:
+        for split in ("train", "val"):
+            _run_module("data_prep.build", dataset=dataset, source=world, split=split, out=folder / "records")
+
+    return make_once(f"{dataset}_records", make) / "records"
+
+
 def small_fields(records: Path, teacher: Path) -> dict[str, object]:
     """Fields that make the demo's experiment as small as it goes, on the small world."""
     return {

@@ -225,7 +225,7 @@ def test_the_lines_of_the_record_page_read_records(small_records):
 
 
 def test_the_fields_of_the_record_page_are_those_of_the_record():
-    table = (_PROJECT / "docs" / "record.md").read_text().split("## Fields")[1].split("Cameras:")[0]
+    table = (_PROJECT / "docs" / "record.md").read_text().split("## Fields")[1].split("Cameras of nuScenes")[0]
     first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     named = re.findall(r"`(\w+)`", " ".join(first_cells))
     assert sorted(named) == sorted(RecordSource.__getitem__.__annotations__["return"].__dataclass_fields__)

@@ -1,7 +1,7 @@
-"""The sensor rig: where six cameras and one lidar sit on the car, and when they fire.
+"""The sensor rigs: where cameras and lidars sit on the car, and when they fire.
 
-Provenance: nominal values of the nuScenes rig (Caesar et al., CVPR 2020), rounded to 1 cm, 0.1 degree and 5 pixels.
-They are facts of the hardware as any rig of that make has them, not a copy of a calibration file.
+Provenance of the nuScenes-like rig: nominal values of the nuScenes rig (Caesar et al., CVPR 2020), rounded to 1 cm, 0.1
+degree and 5 pixels. They are facts of the hardware as any rig of that make has them, not a copy of a calibration file.
 """
 
 import dataclasses
@@ -24,8 +24,9 @@ class Sensor:
     """One sensor of the rig.
 
     `translation` in metres and `yaw`, `pitch`, `roll` in degrees (rotations about z, then y, then x) place it in
-    the ego frame (x forward, y left, z up). `focal` and `centre` are in pixels of a 1600 x 900 image, None for the
-    lidar. `delay` is how many microseconds after the lidar's time stamp it fires (negative: before).
+    the ego frame (x forward, y left, z up). `focal` and `centre` are in pixels of an image of `full_hw`
+    (height, width), None for a lidar. `delay` is how many microseconds after the lidar's time stamp it fires
+    (negative: before).
     """
 
     channel: str
@@ -36,6 +37,7 @@ class Sensor:
     focal: float | None
     centre: tuple[float, float] | None
     delay: int
+    full_hw: tuple[int, int] = (FULL_HEIGHT, FULL_WIDTH)
 
     def rotation(self) -> Float[np.ndarray, "3 3"]:
         """Rotation from the sensor's frame to the ego frame."""
@@ -65,8 +67,8 @@ class Sensor:
 
     def intrinsics(self, image_scale: float) -> Float[np.ndarray, "3 3"]:
         """Camera matrix in pixels of the scaled image; pixel centres lie at whole numbers."""
-        height, width = image_size(image_scale)
-        along_u, along_v = width / FULL_WIDTH, height / FULL_HEIGHT
+        height, width = image_size(image_scale, self.full_hw)
+        along_u, along_v = width / self.full_hw[1], height / self.full_hw[0]
         return np.array(
             [
                 [self.focal * along_u, 0.0, self.centre[0] * along_u],
@@ -89,15 +91,17 @@ CAMERA_SENSORS = (
 )
 
 
-def mounted_cameras(jitter: float, rng: np.random.Generator) -> tuple[Sensor, ...]:
+def mounted_cameras(
+    jitter: float, rng: np.random.Generator, cameras: tuple[Sensor, ...] = CAMERA_SENSORS
+) -> tuple[Sensor, ...]:
     """The cameras as one car has them: each turned by normal errors of `jitter` degrees in yaw, pitch and roll."""
-    turns = rng.normal(0.0, jitter, (len(CAMERA_SENSORS), 3))
+    turns = rng.normal(0.0, jitter, (len(cameras), 3))
     return tuple(
         dataclasses.replace(camera, yaw=camera.yaw + yaw, pitch=camera.pitch + pitch, roll=camera.roll + roll)
-        for camera, (yaw, pitch, roll) in zip(CAMERA_SENSORS, turns.tolist(), strict=True)
+        for camera, (yaw, pitch, roll) in zip(cameras, turns.tolist(), strict=True)
     )
 
 
-def image_size(image_scale: float) -> tuple[int, int]:
-    """(height, width) in pixels of the images at a scale of the full 1600 x 900."""
-    return round(FULL_HEIGHT * image_scale), round(FULL_WIDTH * image_scale)
+def image_size(image_scale: float, full_hw: tuple[int, int] = (FULL_HEIGHT, FULL_WIDTH)) -> tuple[int, int]:
+    """(height, width) in pixels of the images at a scale of the full size, which is (900, 1600) in nuScenes."""
+    return round(full_hw[0] * image_scale), round(full_hw[1] * image_scale)

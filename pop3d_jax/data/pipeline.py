@@ -20,6 +20,7 @@ from PIL import Image
 from pop3d_jax.data.augment import draw_volume_turn
 from pop3d_jax.data.batches import EPOCHS, Batch, iterate, local_batch_size, pad, spread
 from pop3d_jax.data.records import KeyFrame, RecordSource
+from pop3d_jax.data.shards import FIRST_DATASET
 from pop3d_jax.data.teacher_cache import TeacherCache
 from pop3d_jax.data.visibility import visible_pairs
 from pop3d_jax.geometry import lidar_to_image
@@ -55,9 +56,9 @@ class ExampleSettings:
 
 
 def decode_image(
-    jpeg: bytes, at_least_hw: tuple[int, int], name: str
+    data: bytes, at_least_hw: tuple[int, int], name: str
 ) -> tuple[UInt8[np.ndarray, "height width 3"], tuple[int, int]]:
-    """Decodes a JPEG to RGB, at a reduced scale where that still gives `at_least_hw` (libjpeg's scaled DCT).
+    """Decodes a JPEG or PNG to RGB, a JPEG at a reduced scale where that still gives `at_least_hw` (scaled DCT).
 
     Returns:
       The pixels, and the height and width of the file at its full scale.
@@ -66,7 +67,7 @@ def decode_image(
       ValueError: the bytes are no whole image; `name` tells whose.
     """
     try:
-        image = Image.open(io.BytesIO(jpeg))
+        image = Image.open(io.BytesIO(data))
         full_hw = (image.height, image.width)
         image.draft("RGB", (at_least_hw[1], at_least_hw[0]))
         return np.asarray(image.convert("RGB")), full_hw
@@ -135,8 +136,13 @@ def make_example(
       the capacities.
 
     Raises:
-      ValueError: an image cannot be decoded, or the cached features are not those of this key frame.
+      ValueError: an image cannot be decoded, there are not six, or the cached features are not of this key frame.
     """
+    if len(key_frame.images) != len(CAMERAS):
+        raise ValueError(
+            f"sample {key_frame.sample_token} ({key_frame.lidar_file}) has {len(key_frame.images)} images, POP-3D "
+            f"needs nuScenes' {len(CAMERAS)}: give records that were built with --dataset=nuscenes"
+        )
     if settings.images:
         arrays, sizes = _images(key_frame, settings)
     else:
@@ -216,6 +222,15 @@ class _LoadEvaluation(grain.transforms.Map):
         }
 
 
+def _check_dataset(source: RecordSource) -> None:
+    # Cameras, frames and label maps in here are nuScenes'.
+    if source.dataset != FIRST_DATASET:
+        raise ValueError(
+            f"{source!r} are of data set {source.dataset}, POP-3D reads six cameras and the labels of nuScenes: give "
+            "records that were built with --dataset=nuscenes"
+        )
+
+
 def training_batches(
     source: RecordSource,
     settings: ExampleSettings,
@@ -245,8 +260,9 @@ def training_batches(
       Dictionaries of `make_example`'s arrays, stacked, and `record_index` [batch].
 
     Raises:
-      ValueError: no records, or the batch does not divide among the hosts.
+      ValueError: no records, records of another data set, or the batch does not divide among the hosts.
     """
+    _check_dataset(source)
     local = local_batch_size(batch_size, host, hosts)
     if len(source) == 0:
         raise ValueError("the split has no records: build it with `python -m data_prep.build`")
@@ -276,6 +292,7 @@ def evaluation_batches(
 
     Args and errors as in `training_batches`.
     """
+    _check_dataset(source)
     local = local_batch_size(batch_size, host, hosts)
     padded = -(-len(source) // batch_size) * batch_size
     dataset = (

@@ -16,7 +16,6 @@ from jaxtyping import Float32, Float64, Int64, UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
 from pop3d_jax.data.shards import SCHEMA_VERSION, RecordError, read_index, unframe_record
-from pop3d_jax.nuscenes import CAMERAS
 
 __all__ = [
     "KeyFrame",
@@ -28,22 +27,21 @@ __all__ = [
     "record_features",
 ]
 
-_CAMERA_COUNT = len(CAMERAS)
-
 
 @dataclasses.dataclass(frozen=True)
 class KeyFrame:
-    """One key frame: six images and one lidar sweep of (almost) the same instant.
+    """One key frame: the images of all cameras and one lidar sweep of (almost) the same instant.
 
-    Cameras are in the order of `pop3d_jax.nuscenes.CAMERAS`. Frames as in `pop3d_jax.geometry`, lengths in
-    metres, timestamps in microseconds.
+    Number and order of the cameras are the data set's (`pop3d_jax.lidar_datasets`; nuScenes has six, in the order of
+    `pop3d_jax.nuscenes.CAMERAS`). Lengths in metres, timestamps in microseconds; the axes of the frames are stated in
+    docs/record.md for each data set.
 
     Attributes:
-      images: the JPEG files, byte for byte as in the data set.
+      images: the JPEG or PNG files, byte for byte as in the data set.
       intrinsics: pixels of the stored image.
       lidar_to_camera: both ego poses applied, so it is right for a moving car.
-      points: x, y, z, intensity (0..255), ring (0..31) of every return of the sweep.
-      lidarseg: raw category 0..31 of every point; empty where the data set has no labels.
+      points: x, y, z, intensity (0..255; SemanticKITTI 0..1), ring (-1 where the data set gives none) of every return.
+      lidarseg: raw category of every point, as its index in the data set's list; empty where there are no labels.
       lidar_to_ego: mounting of the lidar.
       ego_to_global: ego pose at lidar time.
       lidar_file: path of the sweep below the data set's root; `camera_files` likewise.
@@ -72,13 +70,13 @@ def record_features(*, decode_images: bool = True) -> tfds.features.FeaturesDict
     """The TFDS features of a record.
 
     Args:
-      decode_images: False gives the twin that reads the very same bytes and leaves the JPEGs undecoded.
+      decode_images: False gives the twin that reads the very same bytes and leaves the image files undecoded.
     """
     if decode_images:
         image = tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
-        images = tfds.features.Sequence(image, length=_CAMERA_COUNT)
+        images = tfds.features.Sequence(image)
     else:
-        images = tfds.features.Tensor(shape=(_CAMERA_COUNT,), dtype=np.object_)
+        images = tfds.features.Tensor(shape=(None,), dtype=np.object_)
 
     def array(dtype: type, *shape: int | None) -> tfds.features.Tensor:
         # As bytes: a tf.train.Example knows no float64, and a list of floats is slow to parse.
@@ -87,8 +85,8 @@ def record_features(*, decode_images: bool = True) -> tfds.features.FeaturesDict
     return tfds.features.FeaturesDict(
         {
             "images": images,
-            "intrinsics": array(np.float64, _CAMERA_COUNT, 3, 3),
-            "lidar_to_camera": array(np.float64, _CAMERA_COUNT, 4, 4),
+            "intrinsics": array(np.float64, None, 3, 3),
+            "lidar_to_camera": array(np.float64, None, 4, 4),
             "points": array(np.float32, None, 5),
             "lidarseg": array(np.uint8, None),
             "lidar_to_ego": array(np.float64, 4, 4),
@@ -98,9 +96,9 @@ def record_features(*, decode_images: bool = True) -> tfds.features.FeaturesDict
             "scene_name": tfds.features.Text(),
             "lidar_token": tfds.features.Text(),
             "lidar_file": tfds.features.Text(),
-            "camera_tokens": tfds.features.Sequence(tfds.features.Text(), length=_CAMERA_COUNT),
-            "camera_files": tfds.features.Sequence(tfds.features.Text(), length=_CAMERA_COUNT),
-            "camera_timestamps": tfds.features.Tensor(shape=(_CAMERA_COUNT,), dtype=np.int64),
+            "camera_tokens": tfds.features.Sequence(tfds.features.Text()),
+            "camera_files": tfds.features.Sequence(tfds.features.Text()),
+            "camera_timestamps": tfds.features.Tensor(shape=(None,), dtype=np.int64),
             "timestamp": tfds.features.Scalar(np.int64),
         }
     )
@@ -128,7 +126,7 @@ def canonical_record(serialized: bytes) -> bytes:
 
 
 def decode_record(serialized: bytes) -> KeyFrame:
-    """The key frame of a serialized `tf.train.Example`, with its JPEGs undecoded.
+    """The key frame of a serialized `tf.train.Example`, with its image files undecoded.
 
     Raises:
       RecordError: the bytes are not a record of this schema.
@@ -184,6 +182,7 @@ class RecordSource:
         self._folder = epath.Path(records_dir)
         index = read_index(self._folder, split)
         self._fingerprint = index.fingerprint
+        self._dataset = index.dataset
         self._files = [shard.file for shard in index.shards]
         self._sample_tokens = [token for shard in index.shards for token in shard.sample_tokens]
         counts = [len(shard.offsets) for shard in index.shards]
@@ -203,6 +202,11 @@ class RecordSource:
     def sample_tokens(self) -> list[str]:
         """Sample tokens in the order of the records."""
         return self._sample_tokens
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set, as in `pop3d_jax.lidar_datasets`."""
+        return self._dataset
 
     @property
     def fingerprint(self) -> str:

@@ -7,7 +7,7 @@ Layout of a records folder DIR (several splits of one dataset version):
 
   build.json                                  what was built from what; see `data_prep.build`
   dataset_info.json, features.json            TFDS metadata
-  nuscenes_keyframes-SPLIT.tfrecord-I-of-N    the shards, one scene each
+  DATASET_keyframes-SPLIT.tfrecord-I-of-N     the shards, one scene or a part of one each
   index_SPLIT.json                            `SplitIndex`, written last: a split without it is unfinished
   index/SHARD.json                            `ShardIndex` of each finished shard, for resuming a build
   build_report.json                           scenes, counts and skipped key frames of each split
@@ -24,9 +24,10 @@ from typing import Any
 import google_crc32c
 from etils import epath
 
-DATASET_NAME = "nuscenes_keyframes"
 # Increased whenever the fields of the record or of its index change: an old folder is then refused, not misread.
 SCHEMA_VERSION = "1.0.0"
+# What a folder holds that names no data set: there was no other when the first ones were written.
+FIRST_DATASET = "nuscenes"
 
 _LENGTH_BYTES = 12  # uint64 length, uint32 masked checksum of it
 _FRAME_BYTES = _LENGTH_BYTES + 4  # and uint32 masked checksum of the data
@@ -102,10 +103,11 @@ class SplitIndex:
 
     Attributes:
       schema: `SCHEMA_VERSION` at the time of writing.
-      version: of the data set, such as "v1.0-trainval".
+      version: of the data set, such as "v1.0-trainval"; the data set's name where it publishes no versions.
       source_fingerprint: of the tables it was built from.
       split: such as "train".
       shards: in the order of their numbers.
+      dataset: name of the data set in `pop3d_jax.lidar_datasets`; an index that names none is of nuScenes.
     """
 
     schema: str
@@ -113,12 +115,18 @@ class SplitIndex:
     source_fingerprint: str
     split: str
     shards: list[ShardIndex]
+    dataset: str = FIRST_DATASET
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the shards' checksums: equal where the records are equal, wherever the folder lies."""
         content = [self.schema, self.version, self.split, *(shard.sha256 for shard in self.shards)]
         return hashlib.sha256("\n".join(content).encode()).hexdigest()
+
+
+def shard_prefix(dataset: str) -> str:
+    """What the names of a data set's shards start with."""
+    return f"{dataset}_keyframes"
 
 
 def index_path(records_dir: epath.PathLike, split: str) -> epath.Path:

@@ -230,3 +230,27 @@ def test_a_turned_volume_looks_the_same_to_the_cameras(source):
         seen.add(signs)
         assert abs(turn[0, 1]) <= np.sin(np.radians(20.0)) + 1e-4
     assert len(seen) == 4
+
+
+def test_pngs_are_decoded():
+    pixels = np.random.default_rng(0).integers(0, 256, (*IMAGE_HW, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    found, full_hw = pipeline.decode_image(file.getvalue(), (1, 1), "a test")
+    np.testing.assert_array_equal(found, pixels)  # a PNG has no reduced scales
+    assert full_hw == IMAGE_HW
+    with pytest.raises(ValueError, match="the image of a test cannot be decoded"):
+        pipeline.decode_image(file.getvalue()[:60], (1, 1), "a test")
+
+
+def test_records_of_other_data_sets_are_refused(source, monkeypatch):
+    key_frame = source[0]
+    one = dataclasses.replace(key_frame, images=key_frame.images[:1])
+    with pytest.raises(ValueError, match=rf"{key_frame.sample_token} .* has 1 images, POP-3D needs nuScenes' 6"):
+        pipeline.make_example(one, SETTINGS, None)
+    # Six cameras are not enough: PandaSet has them too, and other labels.
+    monkeypatch.setattr(source, "_dataset", "pandar64")
+    with pytest.raises(ValueError, match="are of data set pandar64, POP-3D reads six cameras"):
+        pipeline.training_batches(source, SETTINGS, batch_size=1, seed=0)
+    with pytest.raises(ValueError, match="are of data set pandar64, POP-3D reads six cameras"):
+        pipeline.evaluation_batches(source, SETTINGS, batch_size=1)

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from pop3d_jax.data.records import (
     canonical_record,
     decode_record,
     encode_record,
+    record_features,
 )
 
 
@@ -61,7 +63,7 @@ def _write(folder, counts, split="train"):
     numbers = iter(range(sum(counts)))
     written = []
     for shard, count in enumerate(counts):
-        name = f"{shards.DATASET_NAME}-{split}.tfrecord-{shard:05d}-of-{len(counts):05d}"
+        name = f"{shards.shard_prefix(shards.FIRST_DATASET)}-{split}.tfrecord-{shard:05d}-of-{len(counts):05d}"
         frames = [_key_frame(next(numbers), points=3 + shard) for _ in range(count)]
         written.append(
             shards.write_shard(folder / name, [(frame.sample_token, encode_record(frame)) for frame in frames])
@@ -75,6 +77,38 @@ def _write(folder, counts, split="train"):
 def test_a_record_survives_bit_for_bit(points, labels):
     key_frame = _key_frame(3, points=points, labels=labels)
     _assert_equal(decode_record(encode_record(key_frame)), key_frame)
+
+
+def _with_cameras(key_frame, count):
+    per_camera = ("images", "intrinsics", "lidar_to_camera", "camera_tokens", "camera_files", "camera_timestamps")
+    return dataclasses.replace(key_frame, **{name: getattr(key_frame, name)[:count] for name in per_camera})
+
+
+@pytest.mark.parametrize("cameras", [0, 1, 2, 6])
+def test_a_record_has_any_number_of_cameras(cameras):
+    key_frame = _with_cameras(_key_frame(4), cameras)
+    _assert_equal(decode_record(encode_record(key_frame)), key_frame)
+
+
+def test_six_cameras_are_written_as_when_there_were_no_others():
+    """The features as they were while six was fixed in them: the same bytes, read either way."""
+    features = tfds.features
+    six = {
+        "images": features.Sequence(features.Image(shape=(None, None, 3), encoding_format="jpeg"), length=6),
+        "intrinsics": features.Tensor(shape=(6, 3, 3), dtype=np.float64, encoding="bytes"),
+        "lidar_to_camera": features.Tensor(shape=(6, 4, 4), dtype=np.float64, encoding="bytes"),
+        "camera_tokens": features.Sequence(features.Text(), length=6),
+        "camera_files": features.Sequence(features.Text(), length=6),
+        "camera_timestamps": features.Tensor(shape=(6,), dtype=np.int64),
+    }
+    before = features.FeaturesDict({**dict(record_features().items()), **six})
+    key_frame = _key_frame(5)
+    example = {field.name: getattr(key_frame, field.name) for field in dataclasses.fields(key_frame)}
+    old = canonical_record(before.serialize_example(example))
+    assert old == encode_record(key_frame)
+    # Of a record of the time: a change of any byte is a change of the schema.
+    assert hashlib.sha256(old).hexdigest() == "4b626e570f7d648909cc240153a3922b44522363c168fc76104114b4c359045b"
+    _assert_equal(decode_record(old), key_frame)
 
 
 def test_records_do_not_depend_on_the_hash_seed():
@@ -172,6 +206,21 @@ def test_damage_is_named(tmp_path):
     path.unlink()
     with pytest.raises(RecordError, match=rf"{index.shards[1].file}, record 2 .*No such file"):
         source[2]
+
+
+def test_the_index_names_the_data_set(tmp_path):
+    index = _write(tmp_path, [1])
+    assert RecordSource(tmp_path, "train").dataset == "nuscenes"
+    path = shards.index_path(tmp_path, "train")
+    content = json.loads(path.read_text())
+    shards.write_json(path, content | {"dataset": "pandar64"})
+    assert RecordSource(tmp_path, "train").dataset == "pandar64"
+    # Indexes of the time when there was one data set.
+    del content["dataset"]
+    shards.write_json(path, content)
+    source = RecordSource(tmp_path, "train")
+    assert source.dataset == "nuscenes"
+    assert source.fingerprint == index.fingerprint
 
 
 def test_unfinished_and_foreign_folders_are_refused(tmp_path):

@@ -15,16 +15,18 @@ import pytest
 import tensorflow_datasets as tfds
 from tiny_root import write_tiny_root
 
-from data_prep import split_build
+from data_prep import nuscenes_tables
 from data_prep.build import EXIT_DONE, EXIT_ERROR, EXIT_SKIPPED
 from data_prep.check_records import check_records, check_table
-from data_prep.nuscenes_builder import NuscenesKeyframes, SceneShard
+from data_prep.keyframes_builder import SceneShard
+from data_prep.nuscenes_builder import NuscenesKeyframes
 from data_prep.nuscenes_tables import read_tables
+from data_prep.sensor_files import read_key_frame
 from data_prep.split_build import BuildError, build_split
 from data_prep.splits import SplitError, scene_names
 from data_prep.table_rows import SourceError
 from pop3d_jax.data.records import RecordError, RecordSource
-from pop3d_jax.data.shards import DATASET_NAME
+from pop3d_jax.data.shards import shard_prefix
 from pop3d_jax.nuscenes import CAMERAS, LIDAR
 
 _SCENES = ("scene-0061", "scene-0553")
@@ -54,7 +56,9 @@ def _run(command):
 
 
 def _shards(out, split="mini_train"):
-    return sorted(path for path in out.glob(f"{DATASET_NAME}-{split}.tfrecord-*") if "incomplete" not in path.name)
+    return sorted(
+        path for path in out.glob(f"{shard_prefix('nuscenes')}-{split}.tfrecord-*") if "incomplete" not in path.name
+    )
 
 
 def _content(out):
@@ -156,7 +160,7 @@ def test_tfds_reads_the_result(root, out):
 def test_the_builder_of_tfds_writes_the_same_shards(root, out, tmp_path):
     _build(root, out)
     scenes = read_tables(root.folder, root.version, "mini_train").scenes
-    shards = [SceneShard(str(root.folder), scene) for scene in scenes]
+    shards = [SceneShard(str(root.folder), scene, read_key_frame) for scene in scenes]
     NuscenesKeyframes(tmp_path / "tfds", {"mini_train": shards}).download_and_prepare(
         download_dir=tmp_path / "downloads"
     )
@@ -177,7 +181,7 @@ def test_building_needs_no_tensorflow(root, out):
 def test_a_second_build_touches_nothing(root, out, monkeypatch):
     index = _build(root, out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    monkeypatch.setattr(split_build, "read_tables", lambda *_: pytest.fail("the tables were read again"))
+    monkeypatch.setattr(nuscenes_tables, "read_tables", lambda *_: pytest.fail("the tables were read again"))
     assert _build(root, out) == index
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 

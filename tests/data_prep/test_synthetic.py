@@ -195,13 +195,13 @@ def test_every_sensor_has_its_own_moment_and_pose(tables):
 
 def test_sweeps(world, tables):
     for row, points, labels in _sweeps(world, tables):
-        assert 15_000 < len(points) <= lidar.BEAMS * lidar.FIRINGS, row["filename"]
+        assert 15_000 < len(points) <= len(lidar.HDL_32E.elevations) * lidar.HDL_32E.firings, row["filename"]
         assert len(labels) == len(points)
         assert np.isfinite(points).all()
         ring = points[:, 4]
         assert set(np.unique(ring)) == set(range(32))
         distance = np.linalg.norm(points[:, :3], axis=1)
-        assert distance.max() < lidar.MAX_RANGE + 1
+        assert distance.max() < lidar.HDL_32E.max_range + 1
         elevation = np.degrees(np.arcsin(points[:, 2] / distance))
         np.testing.assert_allclose(elevation, -30.67 + ring * 41.34 / 31, atol=0.02)
         assert points[:, 3].min() >= 0
@@ -330,8 +330,8 @@ def test_a_wall_hides_what_is_behind_it():
     across = np.abs(np.cos(yaw) * xyz[:, 1] - np.sin(yaw) * xyz[:, 0]) - depth / 2
     outside = np.maximum(along, across)
     # On the walls (the eaves of the roof stand out a little), give or take the range noise.
-    assert np.quantile(np.abs(outside), 0.9) < 3 * lidar.RANGE_NOISE
-    assert outside.min() > -6 * lidar.RANGE_NOISE
+    assert np.quantile(np.abs(outside), 0.9) < 3 * lidar.HDL_32E.range_noise
+    assert outside.min() > -6 * lidar.HDL_32E.range_noise
 
 
 def test_rendered_distances_end_on_the_surfaces_the_lidar_measures():
