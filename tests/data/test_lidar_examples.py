@@ -86,6 +86,30 @@ def test_distillation_keeps_what_one_camera_sees():
         assert np.abs(example["images"][0] - expected).max() <= 0.5
 
 
+def test_pixels_stay_with_their_points_through_limit_augmentation_and_crop():
+    # Intensities, which nothing changes but their normalisation, tell the points apart.
+    frame, one = noise_frame(1), dataclasses.replace(DATASET, cameras=("front",))
+    frame = dataclasses.replace(
+        frame, images=frame.images[:1], intrinsics=frame.intrinsics[:1], lidar_to_camera=frame.lidar_to_camera[:1],
+        camera_timestamps=frame.camera_timestamps[:1],
+    )  # fmt: skip
+    settings = dataclasses.replace(SETTINGS, max_points=40, field_of_view=((-5.0, -5.0, -4.0), (5.0, 5.0, 4.0)))
+    matrix = lidar_to_image(frame.intrinsics[0], frame.lidar_to_camera[0])
+    generator, kept_counts = rng(), []
+    for _ in range(5):
+        example = make_distillation_example(frame, one, settings, generator)
+        kept = example["point_mask"]
+        intensities = example["point_features"][kept, 0] * one.intensity_std + one.intensity_mean
+        points = np.abs(frame.points[:, 3] - intensities[:, None]).argmin(1)
+        seen, pixels = point_clouds.pixel_pairs(frame.points[points, :3], matrix, IMAGE_HW, one)
+        np.testing.assert_array_equal(seen, np.arange(len(points)))
+        resized = point_clouds.resized_pixels(pixels, IMAGE_HW, settings.image_hw)
+        np.testing.assert_allclose(example["feature_pixels"][kept], (resized + 0.5) / settings.image_hw, rtol=1e-6)
+        kept_counts.append(kept.sum())
+    assert min(kept_counts) > 0
+    assert max(kept_counts) < 40  # the limit and the crop both left points out
+
+
 def test_cameras_are_drawn_equally_often():
     frame = noise_frame(2, points=40)
     images = [make_distillation_example(frame, DATASET, SETTINGS, None, camera=camera)["images"] for camera in (0, 1)]
