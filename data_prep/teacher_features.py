@@ -25,7 +25,7 @@ from jaxtyping import Float
 from ml_collections import config_flags
 
 from pop3d_jax.commands import run, stop_with_message
-from pop3d_jax.data.pipeline import make_example
+from pop3d_jax.data.pipeline import make_example, require_nuscenes
 from pop3d_jax.data.records import KeyFrame, RecordError, RecordSource
 from pop3d_jax.data.shards import ShardIndex, read_index, shard_index_path, write_json, write_shard
 from pop3d_jax.data.teacher_cache import DTYPES, TeacherCacheIndex, cache_index_path, encode_features
@@ -79,11 +79,13 @@ def build_cache(config: ml_collections.ConfigDict, split: str, out: epath.PathLi
 
     Raises:
       RecordError: no such records, or a record that cannot be read.
-      ValueError: the folder holds features of other records or of another teacher, or see `load_teacher`.
+      ValueError: the folder holds features of other records or of another teacher, the records are not of nuScenes, or
+        see `load_teacher`.
     """
     folder = epath.Path(out)
     records = read_index(config.data.records, split)
     source = RecordSource(config.data.records, split)
+    require_nuscenes(source)
     teacher = load_teacher(config.teacher)
     settings = {k: v for k, v in config.teacher.to_dict().items() if k != "cache"}
     settings["image_hw"] = list(config.data.teacher_image_hw)

@@ -1,5 +1,6 @@
-"""Learning rates over the steps of a training: POP-3D's, ScaLR's, and warm-up, constant rate, cooldown."""
+"""Learning rates over the steps of a training: POP-3D's, ScaLR's and ScaLR+'s."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -76,32 +77,39 @@ def warmup_cosine(base: float, *, total_steps: int, warmup_steps: int, final: fl
     return rate
 
 
-def warmup_cooldown(base: float, *, total_steps: int, warmup_steps: int, cooldown_steps: int, final: float) -> Schedule:
-    """Learning rate that rises linearly from 0, stays, and falls linearly (Zhai et al., CVPR 2022, section 3.5).
+def warmup_cooldown(
+    base: float, *, total_steps: int, warmup_steps: int, cooldown_steps: int, timescale_steps: float
+) -> Schedule:
+    """Learning rate of ScaLR+ (`LinWarmup_ReciprocalSqrt_LinCoolDown` of the authors' newer `utils/scheduler.py`).
 
-    ScaLR+ is described as trained with a warm-up and a cooldown. Its schedule's code was not at hand, so that this is
-    not compared with it.
+    It rises linearly from 0, falls as 1 / sqrt(1 + steps since then / timescale), and linearly to 0 at the end. As
+    official, the cooldown begins at the value that the curve would have without the warm-up, a little lower.
 
     Args:
-      base: the rate between warm-up and cooldown.
-      total_steps: steps of the training; later steps keep the final rate.
+      base: the highest rate.
+      total_steps: steps of the training; the last one has rate 0, and later steps too.
       warmup_steps: length of the warm-up.
       cooldown_steps: length of the cooldown, at the end.
-      final: rate at the end.
+      timescale_steps: after how many steps the rate is 1 / sqrt(2) of the highest.
 
     Returns:
       A function from the step (counted from 0) to the rate.
 
     Raises:
-      ValueError: warm-up and cooldown together are longer than the training.
+      ValueError: warm-up and cooldown together are longer than the training, or a timescale that is not positive.
     """
     _check_fits("warmup_steps and config.optim.cooldown_steps", warmup_steps + cooldown_steps, total_steps)
+    if timescale_steps <= 0:
+        raise ValueError(f"config.optim.timescale_steps is {timescale_steps}: it must be above 0")
+    cooldown_start = total_steps - cooldown_steps
+    at_cooldown = base / math.sqrt(1 + cooldown_start / timescale_steps)
 
     def rate(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        warm = base * jnp.minimum(step / max(warmup_steps, 1), 1.0)
-        left = jnp.clip((total_steps - step) / max(cooldown_steps, 1), 0.0, 1.0)
-        return jnp.where(step < warmup_steps, warm, final + (base - final) * left)
+        warm = base * (step / max(warmup_steps, 1))
+        falling = base * jax.lax.rsqrt(1 + jnp.maximum(step - warmup_steps, 0.0) / timescale_steps)
+        cooling = at_cooldown * jnp.clip((total_steps - 1 - step) / max(cooldown_steps - 1, 1), 0.0, 1.0)
+        return jnp.where(step <= warmup_steps, warm, jnp.where(step <= cooldown_start, falling, cooling))
 
     return rate
 
@@ -111,7 +119,8 @@ def make_schedule(config: ml_collections.ConfigDict, base: float, total_steps: i
 
     Args:
       config: the `optim` part of an experiment: schedule ("cosine_with_warmup" where it is absent, "warmup_cosine" or
-        "warmup_cooldown"), warmup_steps, final_learning_rate; warmup_start for the first, cooldown_steps for the last.
+        "warmup_cooldown"), warmup_steps; final_learning_rate for the first two, warmup_start for the first,
+        cooldown_steps and timescale_steps for the last.
       base: the highest rate.
       total_steps: steps of the whole training.
 
@@ -125,7 +134,13 @@ def make_schedule(config: ml_collections.ConfigDict, base: float, total_steps: i
     if name == "warmup_cosine":
         return warmup_cosine(base, total_steps=total_steps, **common)
     if name == "warmup_cooldown":
-        return warmup_cooldown(base, total_steps=total_steps, cooldown_steps=config.cooldown_steps, **common)
+        return warmup_cooldown(
+            base,
+            total_steps=total_steps,
+            warmup_steps=config.warmup_steps,
+            cooldown_steps=config.cooldown_steps,
+            timescale_steps=config.timescale_steps,
+        )
     raise ValueError(f"config.optim.schedule is {name!r}: choose one of {SCHEDULES}")
 
 

@@ -222,8 +222,8 @@ class _LoadEvaluation(grain.transforms.Map):
         }
 
 
-def _check_dataset(source: RecordSource) -> None:
-    # Cameras, frames and label maps in here are nuScenes'.
+def require_nuscenes(source: RecordSource) -> None:
+    """Raises ValueError for records of another data set: cameras, frames and label map in here are nuScenes'."""
     if source.dataset != FIRST_DATASET:
         raise ValueError(
             f"{source!r} are of data set {source.dataset}, POP-3D reads six cameras and the labels of nuScenes: give "
@@ -262,7 +262,7 @@ def training_batches(
     Raises:
       ValueError: no records, records of another data set, or the batch does not divide among the hosts.
     """
-    _check_dataset(source)
+    require_nuscenes(source)
     local = local_batch_size(batch_size, host, hosts)
     if len(source) == 0:
         raise ValueError("the split has no records: build it with `python -m data_prep.build`")
@@ -292,7 +292,7 @@ def evaluation_batches(
 
     Args and errors as in `training_batches`.
     """
-    _check_dataset(source)
+    require_nuscenes(source)
     local = local_batch_size(batch_size, host, hosts)
     padded = -(-len(source) // batch_size) * batch_size
     dataset = (

@@ -31,7 +31,7 @@ def distillation_task(config: ml_collections.ConfigDict, workdir: epath.Path, me
     """
     del workdir
     sources = _sources(config)
-    config = _with_warmup_steps(config, sources)
+    config = _with_lengths_in_steps(config, sources)
     total_steps = number_of_steps(config, sum(map(len, sources)))
     teacher = load_teacher(config.teacher)
     program = distillation_program(config, teacher, total_steps, mesh)
@@ -47,7 +47,7 @@ def segmentation_task(config: ml_collections.ConfigDict, workdir: epath.Path, me
     """
     del workdir
     sources = _sources(config)
-    config = _with_warmup_steps(config, sources)
+    config = _with_lengths_in_steps(config, sources)
     total_steps = number_of_steps(config, sum(map(len, sources)))
     program = segmentation_program(config, total_steps, mesh)
     evaluators: list[SegmentationEvaluator] = []
@@ -81,13 +81,16 @@ def _sources(config: ml_collections.ConfigDict) -> list[LidarSource]:
     return sources
 
 
-def _with_warmup_steps(config: ml_collections.ConfigDict, sources: list[LidarSource]) -> ml_collections.ConfigDict:
-    """The configuration with `optim.warmup_epochs`, where it has them, as steps."""
-    if not config.optim.get("warmup_epochs", 0.0):
-        return config
+def _with_lengths_in_steps(config: ml_collections.ConfigDict, sources: list[LidarSource]) -> ml_collections.ConfigDict:
+    """The configuration with lengths of the schedule that it has in epochs as steps."""
     config = config.copy_and_resolve_references()
     steps_per_epoch = max(sum(map(len, sources)) // config.batch_size, 1)
-    config.optim.warmup_steps = round(config.optim.warmup_epochs * steps_per_epoch)
+    with config.optim.unlocked():
+        for phase in ("warmup", "cooldown"):
+            if config.optim.get(f"{phase}_epochs", 0.0):
+                config.optim[f"{phase}_steps"] = round(config.optim[f"{phase}_epochs"] * steps_per_epoch)
+        if config.optim.get("timescale_epochs", 0.0):
+            config.optim.timescale_steps = config.optim.timescale_epochs * steps_per_epoch
     return config
 
 
