@@ -1,71 +1,110 @@
-"""ScaLR on a small world: what distillation is worth, on every data set alone and in a mixture.
+"""ScaLR on a small world: what distillation is worth, from one data set and from a mixture.
 
     python -m benchmarks.scalr_study --records demo_scalr/records --teacher demo_scalr/tiny_clip --out demo_scalr/study
 
-For each of --seeds seeds: the backbone of configs/demo_scalr.py is distilled from nuScenes' layout alone and from all
-data sets, for the same number of steps. Then, on --probe_on, the same number of steps of linear probing each, on the
-features of both and on those of a random backbone; and, beside it, the whole network is trained with the same labels.
-mIoU over all points of the held-out sweeps; mean, and standard deviation over the seeds.
+For each of --seeds seeds the backbone of configs/demo_scalr.py is distilled from the data set --probe_on alone and from
+all data sets, for the same number of steps. Then the labels of --probe_on come in, for the same number of steps each:
+linear probing on the features of both and on those of a random backbone, and a training of the whole network. The score
+is mIoU over all points of the held-out sweeps; its mean and standard deviation over the seeds.
 
 A run that is finished is not repeated: the command goes on where it was stopped.
 """
 
+import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
+import jax
 import ml_collections
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from benchmarks.report import Table
 from configs import demo_scalr, scalr_probe
+from data_prep import parallel
 from pop3d_jax.commands import run, stop_with_message
 from pop3d_jax.data.records import RecordError
 from pop3d_jax.train import train
 
-# Name of a row: what its backbone is distilled from (None: nothing), and whether the backbone trains with the labels.
+# Row of the table: what its backbone is distilled from (""; nothing), and whether it trains with the labels.
 _ROWS = {
-    "probe, random backbone": (None, False),
-    "probe, distilled from one data set": ("one", False),
-    "probe, distilled from the mixture": ("mixture", False),
-    "all trained with labels": (None, True),
+    "probe on a random backbone": ("", False),
+    "probe on one data set's": ("one", False),
+    "probe on the mixture's": ("mixture", False),
+    "all trained with labels": ("", True),
 }
 
 
-def distillation(seed: int, mixture: bool, steps: int) -> ml_collections.ConfigDict:
-    """The experiment that makes a backbone."""
-    config = demo_scalr.get_config("768" if mixture else flags.FLAGS.probe_on)
-    config.seed = seed
-    config.total_steps = config.checkpoint_every = steps
-    config.data.records, config.teacher.path = flags.FLAGS.records, flags.FLAGS.teacher
-    return config
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One run of the study.
+
+    Attributes:
+      records, teacher: folders.
+      out: of all runs.
+      probe_on: data set whose labels are used.
+      seed: of the run.
+      steps: of its training.
+      source: what its backbone is distilled from: "", "one" or "mixture".
+      trains: what trains: "" for the distillation itself, else "head" or "all", with labels.
+      cached_programs: folder of compiled programs, shared by the processes.
+    """
+
+    records: str
+    teacher: str
+    out: str
+    probe_on: str
+    seed: int
+    steps: int
+    source: str
+    trains: str = ""
+    cached_programs: str = ""
+
+    @property
+    def workdir(self) -> Path:
+        """Folder of this run."""
+        return Path(self.out) / "-".join(filter(None, (self.trains, self.source or "random", str(self.seed))))
+
+    def config(self) -> ml_collections.ConfigDict:
+        """The experiment of this run."""
+        config = (
+            self._labels()
+            if self.trains
+            else demo_scalr.get_config("768" if self.source == "mixture" else self.probe_on)
+        )
+        if not self.trains:
+            config.teacher.path = self.teacher
+        config.seed = self.seed
+        config.data.records = self.records
+        config.total_steps = config.checkpoint_every = self.steps
+        return config
+
+    def _labels(self) -> ml_collections.ConfigDict:
+        small, config = demo_scalr.get_config(self.probe_on), scalr_probe.get_config(self.probe_on)
+        classes = config.model.output_channels
+        config.points, config.model, config.data = small.points, small.model, small.data
+        config.points.capacity, config.points.raw_capacity = 16_384, 65_536  # evaluation sees whole sweeps
+        config.model.head, config.model.output_channels = "probe", classes
+        config.batch_size, config.eval_every = small.batch_size, self.steps
+        config.train_backbone = self.trains == "all"
+        if self.source:
+            config.initial_weights = str(dataclasses.replace(self, trains="").workdir)
+        # In so few steps the published rate of probing would move the head too little.
+        config.optim.learning_rate = 2e-3 if config.train_backbone else 1e-2
+        config.optim.warmup_epochs, config.optim.warmup_steps = 0.0, self.steps // 10
+        config.log_every, config.eval_batch_size = small.log_every, small.eval_batch_size
+        return config
 
 
-def segmentation(seed: int, backbone: Path | None, steps: int, *, train_backbone: bool) -> ml_collections.ConfigDict:
-    """The experiment that judges a backbone, or trains one with labels."""
-    name = flags.FLAGS.probe_on
-    small, config = demo_scalr.get_config(name), scalr_probe.get_config(name)
-    classes = config.model.output_channels
-    config.points, config.model, config.data = small.points, small.model, small.data
-    config.points.capacity, config.points.raw_capacity = 24_576, 65_536  # evaluation sees whole sweeps
-    config.model.head, config.model.output_channels = "probe", classes
-    config.data.records = flags.FLAGS.records
-    config.seed, config.batch_size = seed, small.batch_size
-    config.total_steps = config.checkpoint_every = config.eval_every = steps
-    config.train_backbone = train_backbone
-    config.initial_weights = str(backbone or "")
-    config.optim.learning_rate = 2e-3 if train_backbone else 1e-2  # few steps: probing's published rate is too slow
-    config.optim.warmup_epochs, config.optim.warmup_steps = 0.0, steps // 10
-    config.log_every, config.eval_batch_size = small.log_every, small.eval_batch_size
-    return config
-
-
-def score(workdir: Path, config: ml_collections.ConfigDict) -> float:
-    """Trains, unless it is done, and reads the mIoU on the held-out sweeps in percent."""
-    train(config, workdir)
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return next(row[key] for row in reversed(rows) for key in row if key.endswith("/miou"))
+def finish(piece: Piece) -> float:
+    """Trains, unless it is done; returns the mIoU on the held-out sweeps in percent, NaN for a distillation."""
+    if piece.cached_programs:
+        jax.config.update("jax_compilation_cache_dir", piece.cached_programs)
+    train(piece.config(), piece.workdir)
+    rows = [json.loads(line) for line in (piece.workdir / "metrics.jsonl").read_text().splitlines()]
+    return next((row[key] for row in reversed(rows) for key in row if key.endswith("/miou")), float("nan"))
 
 
 def _define_flags() -> None:
@@ -74,35 +113,37 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", "demo_scalr/study", "Folder of the runs.")
     flags.DEFINE_string("probe_on", "nuscenes", "Data set of the labels, and of the distillation from one.")
     flags.DEFINE_integer("seeds", 3, "How many.", lower_bound=1)
-    flags.DEFINE_integer("steps", 500, "Of each distillation.", lower_bound=1)
-    flags.DEFINE_integer("probe_steps", 250, "Of each training with labels.", lower_bound=1)
+    flags.DEFINE_integer("steps", 300, "Of each distillation.", lower_bound=1)
+    flags.DEFINE_integer("label_steps", 200, "Of each training with labels.", lower_bound=10)
+    flags.DEFINE_integer("workers", os.cpu_count(), "Runs at a time, a process each.", lower_bound=1)
     flags.DEFINE_string("json", None, "Folder of scalr_study.json.")
 
 
 def main(_: list[str]) -> None:
     values, start = flags.FLAGS, time.monotonic()
-    out = Path(values.out)
-    scores: dict[str, list[float]] = {name: [] for name in _ROWS}
-    with stop_with_message(RecordError, ValueError, FileNotFoundError):
-        for seed in range(values.seeds):
-            backbones: dict[str | None, Path | None] = {None: None}
-            for source in ("one", "mixture"):
-                backbones[source] = out / f"{source}-{seed}"
-                train(distillation(seed, source == "mixture", values.steps), backbones[source])
-            for number, (name, (source, train_backbone)) in enumerate(_ROWS.items()):
-                config = segmentation(seed, backbones[source], values.probe_steps, train_backbone=train_backbone)
-                scores[name].append(score(out / f"labels-{number}-{seed}", config))
-                logging.info("seed %d, %s: mIoU %.2f", seed, name, scores[name][-1])
-    random = float(np.mean(scores["probe, random backbone"]))
-    table = Table("scalr_study", ["backbone", "mIoU", "spread", "times random", "of each seed"])
-    for name, of_seeds in scores.items():
-        mean, spread = float(np.mean(of_seeds)), float(np.std(of_seeds))
-        each = ", ".join(f"{value:.1f}" for value in of_seeds)
-        table.add(name, f"{mean:.2f}", f"{spread:.2f}", f"{mean / random:.2f}", each)
-    results = {"miou": scores, "steps": values.steps, "probe_steps": values.probe_steps, "probe_on": values.probe_on}
-    results["minutes"] = (time.monotonic() - start) / 60
-    (out / "results.json").write_text(json.dumps(results, indent=2))
-    table.write(values.json)
+    cache = jax.config.jax_compilation_cache_dir or ""
+    common = (values.records, values.teacher, values.out, values.probe_on)
+    with stop_with_message(RecordError, ValueError, FileNotFoundError, parallel.WorkerError):
+        distillations = [
+            Piece(*common, seed, values.steps, source, cached_programs=cache)
+            for seed in range(values.seeds)
+            for source in ("one", "mixture")
+        ]
+        parallel.run(finish, distillations, values.workers, "distilling")
+        judged = [
+            Piece(*common, seed, values.label_steps, source, "all" if all_trains else "head", cache)
+            for source, all_trains in _ROWS.values()
+            for seed in range(values.seeds)
+        ]
+        found = parallel.run(finish, judged, values.workers, "training with labels")
+    scores = dict(zip(_ROWS, np.reshape(found, (len(_ROWS), values.seeds)), strict=True))
+    random = scores["probe on a random backbone"].mean()
+    minutes = (time.monotonic() - start) / 60
+    table = Table("scalr_study", ["backbone", "mIoU", "spread", "times random", "each seed"], minutes=minutes)
+    for name, row in scores.items():
+        each = ", ".join(f"{value:.2f}" for value in row)
+        table.add(name, f"{row.mean():.2f}", f"{row.std():.2f}", f"{row.mean() / random:.2f}", each)
+    table.write(values.json or values.out)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def make_distillation_step(
     """
 
     def train_step(state: State, batch: Batch, teacher_parameters: ArrayTree) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        # Without drop-path the seed is no part of the program, so that all seeds share what was compiled.
+        key = jax.random.fold_in(jax.random.key(seed), state["step"]) if use_drop_path else None
         targets = jax.lax.stop_gradient(
             teacher.point_features(
                 teacher_parameters, batch["images"], batch["feature_cameras"], batch["feature_pixels"]
@@ -62,9 +63,7 @@ def make_distillation_step(
 
         def loss(parameters: ArrayTree) -> tuple[jax.Array, ArrayTree]:
             model = merge_model(graph, parameters, state["statistics"])
-            features = model(
-                *network_input(batch, neighbors), training=True, dropout_key=key if use_drop_path else None
-            )
+            features = model(*network_input(batch, neighbors), training=True, dropout_key=key)
             return distillation_loss(features, targets, batch["feature_mask"]), split_model(model)[2]
 
         (total, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(state["parameters"])
@@ -95,7 +94,8 @@ def make_segmentation_step(
 
     def train_step(state: State, batch: Batch, constants: ArrayTree) -> tuple[State, Metrics]:
         del constants
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        # Without drop-path the seed is no part of the program, so that all seeds share what was compiled.
+        key = jax.random.fold_in(jax.random.key(seed), state["step"]) if use_drop_path else None
 
         def loss(parameters: ArrayTree) -> tuple[jax.Array, tuple[Metrics, ArrayTree]]:
             model = merge_model(graph, parameters, state["statistics"])
@@ -103,7 +103,7 @@ def make_segmentation_step(
                 *network_input(batch, neighbors),
                 training=True,
                 train_backbone=train_backbone,
-                dropout_key=key if use_drop_path else None,
+                dropout_key=key,
             )
             terms = segmentation_loss(logits, batch["point_labels"], lovasz_weight=lovasz_weight)
             return terms["total"], (terms, split_model(model)[2])
