@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make docs    (each sets itself up: Python 3.11 and make are all it needs)
+# make demo · make demo-scalr · make test · make bench · make docs    (each sets itself up: Python 3.11 and make are all it needs)
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -11,7 +11,7 @@ PARALLEL ?= -n 2 --dist loadfile
 export TF_CPP_MIN_LOG_LEVEL := 3
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-full lint bench docs install install-dev clean
+.PHONY: demo demo-scalr test test-full lint bench docs install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -41,6 +41,36 @@ demo: install
 	@echo "numbers:  $(DEMO)/results.json"
 	@echo "pictures: $(DEMO)/tree.png $(DEMO)/red_car.png"
 	@echo "ask more: $(RUN) -m pop3d_jax.query --workdir $(DEMO)/run --sample 5 --text \"a yellow car\" --out answer.png"
+
+# The second system: one world seen by the sensors of three data sets, each in its own layout on disk. PandaSet's layout is
+# of pandas tables.
+SCALR ?= demo_scalr
+demo-scalr: install
+	$(RUN) -m pip install --quiet --disable-pip-version-check "pandas>=2.2"
+	$(RUN) -m data_prep.synthetic --out $(SCALR)/nuscenes --scenes 100 --keyframes 1 --seed 1 --image_scale 0.25
+	$(RUN) -m data_prep.synthetic --out $(SCALR)/semantic_kitti --layout semantic_kitti --scenes 11 --keyframes 6 \
+		--seed 2 --image_scale 0.3
+	$(RUN) -m data_prep.synthetic --out $(SCALR)/pandaset --layout pandaset --scenes 20 --keyframes 2 --seed 3 \
+		--image_scale 0.2
+	$(RUN) -m data_prep.tiny_clip --world $(SCALR)/nuscenes --out $(SCALR)/tiny_clip
+	for split in train val; do \
+		$(RUN) -m data_prep.build --source $(SCALR)/nuscenes --version v1.0-trainval --split $$split \
+			--out $(SCALR)/records/nuscenes || exit 1; \
+	done
+	$(RUN) -m data_prep.build --dataset semantic_kitti --source $(SCALR)/semantic_kitti --split train \
+		--out $(SCALR)/records/semantic_kitti
+	for lidar in pandar64 pandar_gt; do \
+		$(RUN) -m data_prep.build --dataset $$lidar --source $(SCALR)/pandaset --split train \
+			--out $(SCALR)/records/$$lidar || exit 1; \
+	done
+	$(RUN) -m benchmarks.scalr_study --records $(SCALR)/records --teacher $(SCALR)/tiny_clip --out $(SCALR)/study
+	$(RUN) -m pop3d_jax.query --lidar --workdir $(SCALR)/study/mixture-0 --sample 2 --point 10,5,-1 \
+		--out $(SCALR)/like_this_point.png
+	$(RUN) -m pop3d_jax.query --lidar --workdir $(SCALR)/study/mixture-0 --sample 2 --text "a tree" \
+		--out $(SCALR)/tree.png
+	@echo
+	@echo "numbers:  $(SCALR)/study/scalr_study.json"
+	@echo "pictures: $(SCALR)/like_this_point.png $(SCALR)/tree.png"
 
 test: install-dev
 	$(RUN) -m pytest -m "not slow" $(PARALLEL)
@@ -85,4 +115,4 @@ docs: install-dev
 	$(VENV)/bin/pdoc --docformat google --output-directory site $(PUBLIC)
 
 clean:
-	rm -rf $(VENV) $(DEMO) site
+	rm -rf $(VENV) $(DEMO) $(SCALR) site
