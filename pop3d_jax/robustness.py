@@ -11,14 +11,14 @@ class RobustnessScores:
     """Scores over several corruptions.
 
     Attributes:
-      baseline: name of the network that errors are relative to.
-      corruption_error: of each corruption; 1 as the baseline, less is better.
+      baseline: name of the network that errors are relative to, or None.
+      corruption_error: of each corruption; 1 as the baseline, less is better. Empty without a baseline.
       resilience_rate: of each corruption; 1 where it costs nothing.
-      mean_corruption_error: mCE.
+      mean_corruption_error: mCE; NaN without a baseline.
       mean_resilience_rate: mRR.
     """
 
-    baseline: str
+    baseline: str | None
     corruption_error: dict[str, float]
     resilience_rate: dict[str, float]
     mean_corruption_error: float
@@ -28,8 +28,8 @@ class RobustnessScores:
 def robustness_scores(
     corrupted: Mapping[str, Sequence[float]],
     clean: float,
-    baseline_corrupted: Mapping[str, Sequence[float]],
-    baseline: str,
+    baseline_corrupted: Mapping[str, Sequence[float]] | None = None,
+    baseline: str | None = None,
 ) -> RobustnessScores:
     """mCE and mRR from mIoUs.
 
@@ -39,15 +39,16 @@ def robustness_scores(
     Args:
       corrupted: mIoU, in 0..1, of each corruption and severity.
       clean: mIoU of the same network without corruption.
-      baseline_corrupted: like `corrupted`, of the baseline.
+      baseline_corrupted: like `corrupted`, of the baseline; None leaves the errors out.
       baseline: its name, for reports.
 
     Raises:
       ValueError: the two networks were not measured on the same corruptions and severities, a score lies outside 0..1,
         or a score to divide by is perfect or zero.
     """
-    for name in corrupted.keys() | baseline_corrupted.keys():
-        ours, theirs = corrupted.get(name, ()), baseline_corrupted.get(name, ())
+    compared = corrupted if baseline_corrupted is None else baseline_corrupted
+    for name in corrupted.keys() | compared.keys():
+        ours, theirs = corrupted.get(name, ()), compared.get(name, ())
         if not ours or len(ours) != len(theirs):
             raise ValueError(
                 f"corruption {name}: {len(ours)} severities of the network, {len(theirs)} of baseline {baseline}; "
@@ -60,17 +61,17 @@ def robustness_scores(
         raise ValueError("no corruption was evaluated")
     if not 0 < clean <= 1:
         raise ValueError(f"clean mIoU {clean}: the resilience rate needs one in 0..1 and above 0")
-    errors, rates = {}, {}
-    for name, scores in corrupted.items():
+    errors = {}
+    for name, scores in corrupted.items() if baseline_corrupted is not None else ():
         theirs = float(np.sum(1 - np.asarray(baseline_corrupted[name])))
         if theirs == 0:
             raise ValueError(f"corruption {name}: baseline {baseline} is perfect, no error is relative to that")
         errors[name] = float(np.sum(1 - np.asarray(scores))) / theirs
-        rates[name] = float(np.mean(scores)) / clean
+    rates = {name: float(np.mean(scores)) / clean for name, scores in corrupted.items()}
     return RobustnessScores(
         baseline=baseline,
         corruption_error=errors,
         resilience_rate=rates,
-        mean_corruption_error=float(np.mean(list(errors.values()))),
+        mean_corruption_error=float(np.mean(list(errors.values()))) if errors else float("nan"),
         mean_resilience_rate=float(np.mean(list(rates.values()))),
     )
