@@ -268,7 +268,7 @@ def corrupt(
     Args:
       name: one of `CORRUPTIONS`.
       severity: 1 (light), 2 (moderate) or 3 (heavy).
-      points: x, y, z in metres in the lidar's frame, intensity, and, where the data set has it, beam (-1 where it names none).
+      points: x, y, z in metres in the lidar's frame, intensity, and, where there are more columns, beam or -1.
       labels: of the points, in the classes that `sensor` names.
       rng: all randomness; with the same state a corruption of points or beams takes the same ones at a lower severity,
         and more at a higher one.

@@ -3,8 +3,8 @@
 Sources: the dataset classes of ScaLR (github.com/valeoai/ScaLR, datasets/), which hold statistics of intensities, depth
 rules, the shift of PandaSet and its classes; the label map that SemanticKITTI publishes (semantic-kitti.yaml of
 github.com/PRBonn/semantic-kitti-api); the file classes.json of PandaSet, which names no class 0: that it means noise is
-ScaLR's reading. Classes of ground and objects: the scripts of Robo3D (github.com/ldkong1205/Robo3D, create/) for nuScenes
-and SemanticKITTI; they know no PandaSet, whose classes were chosen here to mean the same.
+ScaLR's reading. Classes of ground and objects: the scripts of Robo3D (github.com/ldkong1205/Robo3D, create/) for
+nuScenes and SemanticKITTI; they know no PandaSet, whose classes were chosen here to mean the same.
 """
 
 import dataclasses
@@ -165,8 +165,8 @@ PANDAR64 = LidarDataset(
     min_depth=0.0,
     z_shift=-1.6,
 )
-# Only the front camera looks where this lidar does. It is solid state and has no beams: that its sweeps count as 64 rows
-# of equal elevation, as many as its neighbour has beams, is an assumption.
+# Only the front camera looks where this lidar does. It is solid state and has no beams: that its sweeps count as 64
+# rows of equal elevation, as many as its neighbour has beams, is an assumption.
 PANDAR_GT = dataclasses.replace(
     PANDAR64, name="pandar_gt", cameras=("front_camera",), intensity_mean=23.06113565, intensity_std=16.76273235
 )

@@ -1,9 +1,12 @@
 """How much a network suffers from corrupted sweeps: mCE and mRR of Robo3D (Kong et al., ICCV 2023)."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from etils import epath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,3 +78,52 @@ def robustness_scores(
         mean_corruption_error=float(np.mean(list(errors.values()))) if errors else float("nan"),
         mean_resilience_rate=float(np.mean(list(rates.values()))),
     )
+
+
+def read_baseline(
+    path: epath.PathLike, same: Mapping[str, Any], corruptions: Sequence[str], severities: Sequence[int]
+) -> dict[str, list[float]]:
+    """mIoUs of another run for `robustness_scores`.
+
+    Args:
+      path: JSON file that `pop3d_jax.evaluate_segmentation` wrote; named as its flag --baseline in errors.
+      same: what the file must say of its measurement, such as data set and split.
+      corruptions, severities: those wanted; the file may hold more.
+
+    Returns:
+      In 0..1, of each corruption, in the order of the severities.
+
+    Raises:
+      ValueError: no such file, no results, results of another measurement or without a corruption or severity, or
+        perfect ones.
+    """
+    try:
+        results = json.loads(epath.Path(path).read_text())
+        differing = [f"{name} {results[name]}, here {value}" for name, value in same.items() if results[name] != value]
+        found = {
+            (corruption, int(severity)): float(scores["mean_iou"]) / 100
+            for corruption, of_severities in results.get("corruptions", {}).items()
+            for severity, scores in of_severities.items()
+        }
+    except FileNotFoundError:
+        raise ValueError(f"--baseline={path} does not exist: name a file that this command wrote with --out") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--baseline={path} holds no results of this command ({type(error).__name__}: {error}): name a file that "
+            "it wrote with --out"
+        ) from error
+    if differing:
+        raise ValueError(
+            f"--baseline={path} was measured on something else ({'; '.join(differing)}): give both the same --dataset, "
+            "--split, --records and --seed"
+        )
+    wanted = [(corruption, severity) for corruption in corruptions for severity in severities]
+    missing = [f"{corruption} {severity}" for corruption, severity in wanted if (corruption, severity) not in found]
+    if missing:
+        raise ValueError(
+            f"--baseline={path} has no {', '.join(missing)}: evaluate it with --corruptions={','.join(corruptions)} "
+            f"--severities={','.join(map(str, severities))} too, or leave them out here"
+        )
+    scores = {corruption: [found[corruption, severity] for severity in severities] for corruption in corruptions}
+    robustness_scores(scores, 1.0, scores, str(path))  # refuses a baseline that nothing is relative to
+    return scores
