@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
 from pop3d_jax import weather
-from pop3d_jax.nuscenes import CLASS_NAMES, EMPTY, IGNORE
+from pop3d_jax.lidar_datasets import NUSCENES, LidarDataset
+from pop3d_jax.nuscenes import IGNORE
 from pop3d_jax.weather import Sweep
 
 SEVERITIES = (1, 2, 3)
@@ -45,37 +46,51 @@ class Sensor:
       beams: of the lidar.
       max_intensity: largest value of the intensities: 255 or 1.
       ground_classes: labels of flat ground that gets wet.
-      object_classes: labels of vehicles and bicycles, whose dark paint swallows echoes.
+      object_classes: labels of each class of vehicles and bicycles, whose dark paint swallows echoes.
       unlabelled: label of points that fog, snow or crosstalk put somewhere.
     """
 
     beams: int
     max_intensity: float
     ground_classes: tuple[int, ...]
-    object_classes: tuple[int, ...]
+    object_classes: tuple[tuple[int, ...], ...]
     unlabelled: int = IGNORE
 
 
-def _classes(*names: str) -> tuple[int, ...]:
-    scored = CLASS_NAMES[1:EMPTY]
-    return tuple(scored.index(name) for name in names)
+def raw_sensor(dataset: LidarDataset) -> Sensor:
+    """Facts for labels as the records of a data set hold them: raw categories, several of which may make a class.
+
+    Raises:
+      ValueError: the data set names a class of ground or objects that it does not have.
+    """
+
+    def raw_of(name: str) -> tuple[int, ...]:
+        return tuple(np.flatnonzero(dataset.raw_to_class == dataset.class_names.index(name)).tolist())
+
+    return Sensor(
+        beams=dataset.beams,
+        max_intensity=dataset.max_intensity,
+        ground_classes=tuple(raw for name in dataset.ground_classes for raw in raw_of(name)),
+        object_classes=tuple(raw_of(name) for name in dataset.object_classes),
+        unlabelled=int(np.flatnonzero(dataset.raw_to_class == IGNORE)[0]),
+    )
 
 
 # For labels as `pop3d_jax.lidar_datasets.NUSCENES.raw_to_class` makes them.
 NUSCENES_SENSOR = Sensor(
-    beams=32,
-    max_intensity=255.0,
-    ground_classes=_classes("driveable_surface", "other_flat", "sidewalk"),
-    object_classes=_classes("bicycle", "bus", "car", "construction_vehicle", "motorcycle", "trailer", "truck"),
+    beams=NUSCENES.beams,
+    max_intensity=NUSCENES.max_intensity,
+    ground_classes=tuple(NUSCENES.class_names.index(name) for name in NUSCENES.ground_classes),
+    object_classes=tuple((NUSCENES.class_names.index(name),) for name in NUSCENES.object_classes),
 )
 
 
 def beam_indices(points: Float32[np.ndarray, "points columns"], beams: int) -> Int64[np.ndarray, " points"]:
-    """Beam of every point: the fifth column where there is one, else equal steps of elevation.
+    """Beam of every point: the fifth column where there is one without a -1, else equal steps of elevation.
 
-    The second is right for lidars of evenly spaced beams only.
+    The second is right for lidars of evenly spaced beams only; Robo3D counts the beams of KITTI's files by their order.
     """
-    if points.shape[1] > 4:
+    if points.shape[1] > 4 and np.all(points[:, 4] >= 0):
         return points[:, 4].astype(np.int64)
     elevation = np.arctan2(points[:, 2], np.hypot(points[:, 0], points[:, 1]))
     span = max(float(np.ptp(elevation)), 1e-6) if len(points) else 1.0
@@ -207,8 +222,8 @@ def incomplete_echo(
 ) -> Sweep:
     """Most echoes of vehicles and bicycles are lost, of every class with more than ten points."""
     seen = np.ones(len(points), bool)
-    for label in sensor.object_classes:
-        members = rng.permutation(np.flatnonzero(labels == label))
+    for class_labels in sensor.object_classes:
+        members = rng.permutation(np.flatnonzero(np.isin(labels, class_labels)))
         if len(members) > _FEWEST_OBJECT_POINTS:
             seen[members[: int(_MISSING_ECHOES[level] * len(members))]] = False
     return points[seen], labels[seen]
@@ -253,7 +268,7 @@ def corrupt(
     Args:
       name: one of `CORRUPTIONS`.
       severity: 1 (light), 2 (moderate) or 3 (heavy).
-      points: x, y, z in metres in the lidar's frame, intensity, and, where the data set has it, beam.
+      points: x, y, z in metres in the lidar's frame, intensity, and, where there are more columns, beam or -1.
       labels: of the points, in the classes that `sensor` names.
       rng: all randomness; with the same state a corruption of points or beams takes the same ones at a lower severity,
         and more at a higher one.

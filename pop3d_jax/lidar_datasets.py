@@ -3,7 +3,8 @@
 Sources: the dataset classes of ScaLR (github.com/valeoai/ScaLR, datasets/), which hold statistics of intensities, depth
 rules, the shift of PandaSet and its classes; the label map that SemanticKITTI publishes (semantic-kitti.yaml of
 github.com/PRBonn/semantic-kitti-api); the file classes.json of PandaSet, which names no class 0: that it means noise is
-ScaLR's reading.
+ScaLR's reading. Classes of ground and objects: the scripts of Robo3D (github.com/ldkong1205/Robo3D, create/) for
+nuScenes and SemanticKITTI; they know no PandaSet, whose classes were chosen here to mean the same.
 """
 
 import dataclasses
@@ -26,6 +27,10 @@ class LidarDataset:
       raw_ids: the ids in the data set's label files that the raw indices stand for, ascending; empty where the files
         hold the indices themselves.
       intensity_mean, intensity_std: of the network's input, in the unit of the record's intensities.
+      beams: of the lidar.
+      max_intensity: largest value of the record's intensities.
+      ground_classes: names of the classes of flat ground, which rain makes wet.
+      object_classes: names of the classes of vehicles and bicycles, whose dark paint swallows echoes.
       min_depth: metres; points nearer than that are paired with no pixel.
       depth_of: "camera" where that depth is along the camera's axis, "lidar_x" where it is the lidar's own x.
       z_shift: added to z of every point, metres, before anything else.
@@ -37,6 +42,10 @@ class LidarDataset:
     raw_to_class: UInt8[np.ndarray, " raw"]
     intensity_mean: float
     intensity_std: float
+    beams: int
+    max_intensity: float
+    ground_classes: tuple[str, ...]
+    object_classes: tuple[str, ...]
     min_depth: float
     depth_of: str = "camera"
     z_shift: float = 0.0
@@ -51,6 +60,10 @@ NUSCENES = LidarDataset(
     raw_to_class=np.where(LIDARSEG_TO_CLASS == 0, IGNORE, LIDARSEG_TO_CLASS - 1).astype(np.uint8),
     intensity_mean=18.742355,
     intensity_std=22.04632,
+    beams=32,
+    max_intensity=255.0,
+    ground_classes=("driveable_surface", "other_flat", "sidewalk"),
+    object_classes=("bicycle", "bus", "car", "construction_vehicle", "motorcycle", "trailer", "truck"),
     min_depth=1.0,
 )
 
@@ -97,6 +110,10 @@ SEMANTIC_KITTI = LidarDataset(
     raw_to_class=_raw_to_class(_KITTI_CLASSES, _KITTI_IDS),
     intensity_mean=0.28613698,
     intensity_std=0.14090556,
+    beams=64,
+    max_intensity=1.0,
+    ground_classes=("road", "parking", "sidewalk", "other-ground"),
+    object_classes=("car", "bicycle", "motorcycle", "truck", "other-vehicle"),
     min_depth=1.0,
     depth_of="lidar_x",
     raw_ids=_KITTI_IDS,
@@ -141,10 +158,15 @@ PANDAR64 = LidarDataset(
     raw_to_class=_raw_to_class(_PANDASET_CLASSES, tuple(range(PANDASET_CATEGORY_COUNT))),
     intensity_mean=18.23640649,
     intensity_std=25.86983417,
+    beams=64,
+    max_intensity=255.0,
+    ground_classes=("road", "road marking", "sidewalk", "ground", "driveway"),
+    object_classes=("car", "motorcycle", "truck", "bus", "bicycle", "other vehicle"),
     min_depth=0.0,
     z_shift=-1.6,
 )
-# Only the front camera looks where this lidar does.
+# Only the front camera looks where this lidar does. It is solid state and has no beams: that its sweeps count as 64
+# rows of equal elevation, as many as its neighbour has beams, is an assumption.
 PANDAR_GT = dataclasses.replace(
     PANDAR64, name="pandar_gt", cameras=("front_camera",), intensity_mean=23.06113565, intensity_std=16.76273235
 )

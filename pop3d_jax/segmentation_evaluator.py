@@ -92,7 +92,7 @@ class SegmentationEvaluator:
           CapacityError: a sweep has more points than the arrays.
           RecordError: a key frame without labels, or with wrong ones.
         """
-        source = LidarSource(key_frames or self.key_frames, self.dataset)
+        source = LidarSource(self.key_frames if key_frames is None else key_frames, self.dataset)
         config, classes = self._config, len(self.dataset.class_names)
         batches = evaluation_batches(
             source,

@@ -227,6 +227,38 @@ def small_run(small_train: Callable[..., subprocess.Popen], make_once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_lidar_run(small_records: Path, make_once) -> Path:
+    """Workdir of a finished run of linear probing, from nothing, on the small world's records; beside it RECORDS."""
+
+    def make(folder: Path) -> None:
+        (folder / "records").mkdir()
+        (folder / "records" / "nuscenes").symlink_to(small_records, target_is_directory=True)
+        fields = {
+            "data.records": folder / "records",
+            "data.workers": 0,
+            "points.capacity": 8192,
+            "points.max_points": 2048,
+            "points.voxel_size": 0.5,
+            "points.neighbors": 4,
+            "model.channels": 16,
+            "model.depth": 3,
+            "model.grid_shapes": ((32, 32), (32, 8), (32, 8)),
+            "model.remat": "none",
+            "optim.warmup_epochs": 0.0,
+            "optim.warmup_steps": 1,
+            "optim.learning_rate": 0.05,
+            "total_steps": 3,
+            "batch_size": 2,
+            "eval_batch_size": 2,
+            "eval_every": 0,
+        }
+        more = {f"config.{name}": value for name, value in fields.items()}
+        _run_module("pop3d_jax.train", config="configs/scalr_probe.py:nuscenes", workdir=folder / "run", **more)
+
+    return make_once("small_lidar_run", make) / "run"
+
+
+@pytest.fixture(scope="session")
 def small_grids(small_run: Path, make_once) -> Path:
     """Exported grids of the small run: all voxels of the training split's four key frames, of two scenes."""
 

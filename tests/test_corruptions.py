@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pop3d_jax.corruptions import CORRUPTIONS, NUSCENES_SENSOR, SEVERITIES, Sensor, beam_indices, corrupt
-from pop3d_jax.lidar_datasets import NUSCENES
+from pop3d_jax.corruptions import CORRUPTIONS, NUSCENES_SENSOR, SEVERITIES, Sensor, beam_indices, corrupt, raw_sensor
+from pop3d_jax.lidar_datasets import LIDAR_DATASETS, NUSCENES, SEMANTIC_KITTI
 from tests.test_weather import sweep as bare_sweep
 
 UNLABELLED = 255
@@ -24,10 +24,40 @@ def run(name, severity, seed=3, sensor=NUSCENES_SENSOR):
 
 
 def test_the_classes_of_the_sensor_are_those_that_robo3d_names():
-    names = [[NUSCENES.class_names[label] for label in labels] for labels in
-             (NUSCENES_SENSOR.ground_classes, NUSCENES_SENSOR.object_classes)]  # fmt: skip
-    assert names[0] == ["driveable_surface", "other_flat", "sidewalk"]
-    assert names[1] == ["bicycle", "bus", "car", "construction_vehicle", "motorcycle", "trailer", "truck"]
+    names = NUSCENES.class_names
+    assert [names[label] for label in NUSCENES_SENSOR.ground_classes] == [
+        "driveable_surface", "other_flat", "sidewalk",
+    ]  # fmt: skip
+    assert [names[label] for (label,) in NUSCENES_SENSOR.object_classes] == [
+        "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "trailer", "truck",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", LIDAR_DATASETS.values(), ids=lambda dataset: dataset.name)
+def test_raw_labels_of_a_sensor_have_the_classes_that_the_data_set_names(dataset):
+    sensor = raw_sensor(dataset)
+    assert dataset.raw_to_class[sensor.unlabelled] == 255
+    ground = {name for raw, name in _raw_names(dataset) if raw in sensor.ground_classes}
+    assert ground == set(dataset.ground_classes)
+    assert len(sensor.ground_classes) == sum(name in ground for _, name in _raw_names(dataset))
+    assert len(sensor.object_classes) == len(dataset.object_classes)
+    for labels, expected in zip(sensor.object_classes, dataset.object_classes, strict=True):
+        assert labels == tuple(raw for raw, name in _raw_names(dataset) if name == expected)
+
+
+def _raw_names(dataset):
+    scored = [(raw, number) for raw, number in enumerate(dataset.raw_to_class) if number != 255]
+    return [(raw, dataset.class_names[number]) for raw, number in scored]
+
+
+def test_raw_labels_of_kitti_have_the_ids_that_robo3d_names():
+    sensor = raw_sensor(SEMANTIC_KITTI)
+    assert (sensor.beams, sensor.max_intensity) == (64, 1.0)
+    ids = np.array(SEMANTIC_KITTI.raw_ids)
+    assert ids[list(sensor.ground_classes)].tolist() == [40, 60, 44, 48, 49]
+    # A moving car is a car.
+    assert ids[list(sensor.object_classes[0])].tolist() == [10, 252]
+    assert ids[sensor.unlabelled] == 0
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
@@ -91,6 +121,20 @@ def test_beams_by_elevation_where_the_points_do_not_say():
     np.testing.assert_array_equal(beam_indices(points[:, :4].copy(), 32), beam_indices(points, 32))
 
 
+def test_a_column_of_minus_one_is_no_beam():
+    points, labels = sweep()
+    by_elevation = points[:, :4].copy()
+    points[:, 4] = -1
+    np.testing.assert_array_equal(beam_indices(points, 32), beam_indices(by_elevation, 32))
+    for name in ("beam_missing", "cross_sensor"):
+        found, found_labels = corrupt(name, 2, points, labels, np.random.default_rng(3), NUSCENES_SENSOR)
+        assert 0.1 * len(points) < len(found) < 0.8 * len(points)
+        assert np.all(found[:, 4] == -1)
+        expected, expected_labels = corrupt(name, 2, by_elevation, labels, np.random.default_rng(3), NUSCENES_SENSOR)
+        np.testing.assert_array_equal(found[:, :4], expected)
+        np.testing.assert_array_equal(found_labels, expected_labels)
+
+
 def test_blur_shifts_the_sweep_and_trembles_about_it():
     points, _ = sweep()
     shifts, tremors = [], []
@@ -137,6 +181,18 @@ def test_echoes_are_lost_of_objects_only():
     labels[few] = UNLABELLED
     found, _ = corrupt("incomplete_echo", 3, points, labels, np.random.default_rng(0), NUSCENES_SENSOR)
     assert len(found) == len(points)
+
+
+def test_the_labels_of_one_class_lose_their_echoes_together():
+    points, labels = sweep()
+    cars = np.flatnonzero(labels == CAR)
+    moving = 200
+    labels[cars[::2]] = moving
+    sensor = Sensor(32, 255.0, (), ((CAR, moving),))
+    _, found_labels = corrupt("incomplete_echo", 1, points, labels, np.random.default_rng(0), sensor)
+    left = [np.sum(found_labels == label) for label in (CAR, moving)]
+    assert sum(left) == len(cars) - int(0.75 * len(cars))
+    assert min(left) > 0
 
 
 def test_points_put_somewhere_get_the_stated_label():

@@ -24,6 +24,16 @@ def test_the_baseline_relative_to_itself_is_one():
     np.testing.assert_allclose(scores.resilience_rate["snow"], 1.0)
 
 
+def test_without_a_baseline_there_are_no_errors():
+    scores = robustness_scores(BASELINE, 0.8)
+    assert (scores.baseline, scores.corruption_error) == (None, {})
+    assert np.isnan(scores.mean_corruption_error)
+    np.testing.assert_allclose(list(scores.resilience_rate.values()), [0.4 / 0.8, 0.6 / 0.8])
+    np.testing.assert_allclose(scores.mean_resilience_rate, (0.5 + 0.75) / 2)
+    with pytest.raises(ValueError, match=r"mIoU 50.0 is not in 0\.\.1"):
+        robustness_scores({"fog": [50.0]}, 0.5)
+
+
 @pytest.mark.parametrize(
     ("corrupted", "clean", "baseline", "message"),
     [
