@@ -26,10 +26,14 @@ from pop3d_jax.viewer.colours import similarity_range
 _CHOSEN_COLOUR = "#0b5fff"
 _UNLABELLED_COLOUR = "#e3e3e3"
 # Share of the points that must fit on the view from above; the few farthest would make all others small.
-_SHOWN_SHARE = 0.985
-_INCHES_WIDE = 15.0
+_SHOWN_SHARE = 0.95
+# Inches.
+_WIDTH, _LEFT, _RIGHT, _GAP = 15.0, 0.6, 0.2, 0.12
+_INNER = _WIDTH - _LEFT - _RIGHT
+_HEADLINE, _PANEL_TITLE, _PANEL, _LEGEND = 0.75, 0.26, 4.7, 1.0
+_HIGHEST_IMAGE = 5.2
 # Share of white in the camera images: colours of points need a pale ground.
-_PALE = 0.45
+_PALE = 0.35
 
 
 def _ahead(key_frame: KeyFrame) -> Float[np.ndarray, "2 2"]:
@@ -111,9 +115,25 @@ def _draw_above(
     axes.scatter(*xy[rising].T, s=5.0, c=colours[rising], linewidths=0)
     axes.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
     draw_car(axes)
-    axes.set_xlabel("metres to the right", fontsize=8)
-    axes.set_ylabel("metres ahead", fontsize=8, labelpad=0)
+    axes.set_xlabel("metres to the right", fontsize=8, labelpad=1)
     axes.tick_params(labelsize=8)
+
+
+def _draw_perspective(
+    axes: Axes,
+    xy: Float[np.ndarray, "points 2"],
+    height: Float[np.ndarray, " points"],
+    colours: Float[np.ndarray, "points 4"],
+    extent: float,
+) -> None:
+    axes.scatter(*xy.T, height, s=5.0, c=colours, linewidths=0, depthshade=False)
+    floor, ceiling = np.quantile(height, (0.002, 0.998))
+    ceiling = max(ceiling, floor + 1.0)
+    axes.set(xlim=(-extent, extent), ylim=(-extent, extent), zlim=(floor, ceiling))
+    axes.set_box_aspect((2 * extent, 2 * extent, 1.6 * (ceiling - floor)), zoom=1.5)
+    axes.view_init(**CAMERA_VIEW)
+    axes.patch.set_visible(False)
+    axes.set_axis_off()
 
 
 def draw_lidar_query(
@@ -145,7 +165,7 @@ def draw_lidar_query(
     scale = Normalize(low, max(high, low + 1e-6), clip=True)
     colours = SIMILARITY(scale(similarity))
     # What does not match steps back, so that the images stay readable.
-    in_images = np.concatenate([colours[:, :3], 0.35 + 0.65 * np.asarray(scale(similarity))[:, None]], 1)
+    in_images = np.concatenate([colours[:, :3], 0.25 + 0.75 * np.asarray(scale(similarity))[:, None]], 1)
     xyz = key_frame.points[:, :3]
     xy = xyz[:, :2] @ _ahead(key_frame).T
     extent = float(np.quantile(np.abs(xy).max(1), _SHOWN_SHARE))
@@ -154,45 +174,52 @@ def draw_lidar_query(
     columns = min(3, len(order))
     rows = -(-len(order) // columns)
     with Image.open(io.BytesIO(key_frame.images[order[0]])) as image:  # reads the header only
-        image_height = _INCHES_WIDE / columns * image.height / image.width
-    panels = 2 if classes is None else 3
-    heights = (min(rows * image_height, 6.4), 5.2)
-    figure = plt.figure(figsize=(_INCHES_WIDE, sum(heights) + 1.5), facecolor="white")
-    total = figure.get_figheight()
-    grid = figure.add_gridspec(
-        2, 1, height_ratios=heights, hspace=0.11, left=0.045, right=0.985, top=1 - 0.75 / total, bottom=0.95 / total
-    )
-    images = grid[0].subgridspec(rows, columns, wspace=0.02, hspace=0.10)
-    for place, camera in enumerate(order):
-        _draw_image(figure.add_subplot(images[place]), key_frame, dataset, camera, in_images, hits, chosen)
+        aspect = image.width / image.height
+    image_width = min((_INNER - (columns - 1) * _GAP) / columns, _HIGHEST_IMAGE * aspect)
+    image_height = image_width / aspect
+    below = _HEADLINE + rows * (image_height + _PANEL_TITLE) + _PANEL_TITLE
+    figure = plt.figure(figsize=(_WIDTH, below + _PANEL + _LEGEND), facecolor="white")
 
-    below = grid[1].subgridspec(1, panels, wspace=0.12, width_ratios=(1, 1.3, 1)[:panels])
-    above = figure.add_subplot(below[0])
+    def place(left: float, top: float, width: float, height: float) -> tuple[float, float, float, float]:
+        """From inches of the upper left corner to shares of the figure."""
+        whole = figure.get_figheight()
+        return left / _WIDTH, 1 - (top + height) / whole, width / _WIDTH, height / whole
+
+    start = _LEFT + (_INNER - columns * image_width - (columns - 1) * _GAP) / 2
+    for number, camera in enumerate(order):
+        row, column = divmod(number, columns)
+        left = start + column * (image_width + _GAP)
+        top = _HEADLINE + row * (image_height + _PANEL_TITLE)
+        axes = figure.add_axes(place(left, top, image_width, image_height))
+        _draw_image(axes, key_frame, dataset, camera, in_images, hits, chosen)
+
+    # Without labels the perspective takes their panel too.
+    middle = _INNER - (1 if classes is None else 2) * _PANEL
+    above = figure.add_axes(place(_LEFT, below, _PANEL, _PANEL))
     _draw_above(above, xy, colours, similarity, extent)
     above.scatter(*xy[hits].T, s=42, facecolors="none", edgecolors=HIT_COLOUR, linewidths=1.1, zorder=5)
     if chosen is not None:
         _mark(above, *xy[chosen])
+    above.set_ylabel("metres ahead", fontsize=8, labelpad=0)
     above.set_title("the sweep from above, best points ringed", fontsize=10)
 
-    perspective = figure.add_subplot(below[1], projection="3d")
+    perspective = figure.add_axes(place(_LEFT + _PANEL, below, middle, _PANEL), projection="3d")
     near = (np.abs(xy) <= extent).all(1)
-    perspective.scatter(*xy[near].T, xyz[near, 2], s=4.0, c=colours[near], linewidths=0, depthshade=False)
-    floor, ceiling = np.quantile(xyz[near, 2], (0.002, 0.998))
-    perspective.set(xlim=(-extent, extent), ylim=(-extent, extent), zlim=(floor, max(ceiling, floor + 1.0)))
-    perspective.set_box_aspect((2 * extent, 2 * extent, 1.6 * max(ceiling - floor, 1.0)), zoom=1.5)
-    perspective.view_init(**CAMERA_VIEW)
-    perspective.set_axis_off()
-    perspective.set_title("in perspective", fontsize=10)
+    _draw_perspective(perspective, xy[near], xyz[near, 2], colours[near], extent)
+    centre = _LEFT + _PANEL + middle / 2
+    figure.text(*place(centre, below, 0, -0.08)[:2], "in perspective", fontsize=10, ha="center")
     bar = figure.colorbar(
-        matplotlib.cm.ScalarMappable(scale, SIMILARITY), ax=perspective, orientation="horizontal", shrink=0.6, pad=0.02
+        matplotlib.cm.ScalarMappable(scale, SIMILARITY),
+        cax=figure.add_axes(place(centre - 1.6, below + _PANEL + 0.08, 3.2, 0.14)),
+        orientation="horizontal",
     )
     bar.set_label(f"cosine of the point's feature and {asked}", fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
     if classes is not None:
-        truth = figure.add_subplot(below[2])
+        truth = figure.add_axes(place(_WIDTH - _RIGHT - _PANEL, below, _PANEL, _PANEL))
         _draw_truth(truth, xy, xyz[:, 2], classes, dataset, extent)
-    figure.suptitle(title, fontsize=14, fontweight="bold", y=1 - 0.22 / total)
+    figure.suptitle(title, fontsize=14, fontweight="bold", y=place(0, 0.2, 0, 0)[1])
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -214,6 +241,7 @@ def _draw_truth(
     of_class = _class_colours(dataset)
     colours[scored] = of_class[classes[scored]]
     _draw_above(axes, xy, colours, height, extent)
+    axes.tick_params(labelleft=False)  # as the view from above beside it
     axes.set_title("ground truth from above (lidar labels)", fontsize=10)
     entries = [(of_class[index], dataset.class_names[index].replace("_", " ")) for index in np.unique(classes[scored])]
     if not scored.all():
@@ -225,7 +253,7 @@ def _draw_truth(
         ncols=4,
         fontsize=7,
         loc="upper center",
-        bbox_to_anchor=(0.5, -0.09),
+        bbox_to_anchor=(0.5, -0.075),
         frameon=False,
         handletextpad=0.1,
         columnspacing=1.0,

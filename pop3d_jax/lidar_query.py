@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from pop3d_jax.data.lidar_examples import point_classes
 from pop3d_jax.data.records import RecordSource
 from pop3d_jax.inference import find_sample
+from pop3d_jax.lidar_datasets import LidarDataset
 from pop3d_jax.lidar_experiment import dataset_named, record_source
 from pop3d_jax.lidar_inference import LidarPredictor
 from pop3d_jax.lidar_pictures import draw_lidar_query
@@ -122,8 +123,7 @@ def lidar_query(
             "started from"
         )
     clip = None if text is None else load_text_side(config.teacher)
-    facts = dataset_named(dataset or _only_dataset(config))
-    source = _records(config, facts.name, split, records)
+    facts, source = query_source(config, dataset, split, records)
     key_frame = source[find_sample(source, sample)]
     points = key_frame.points[:, :3]
 
@@ -136,7 +136,7 @@ def lidar_query(
         place = ", ".join(f"{value:.1f}" for value in points[chosen])
         distance = float(np.linalg.norm(points[chosen] - np.asarray(point)))
         lines.append(f"nearest point of the sweep: {place}, {distance:.2f} m from --point")
-        title, asked = f"like the point at {place}", "the marked point"
+        title, asked = f"what is like the point ({place})", "the marked point"
     else:
         vector = embed_phrases(clip, [text], cache_dir=epath.Path(workdir) / "text_cache")[0]
         title, asked = f"“{text}”", "the phrase"
@@ -160,15 +160,20 @@ def lidar_query(
     return "\n".join(lines)
 
 
-def _only_dataset(config: ml_collections.ConfigDict) -> str:
+def query_source(
+    config: ml_collections.ConfigDict, dataset: str | None, split: str | None, records: str | None
+) -> tuple[LidarDataset, RecordSource]:
+    """The data set and the key frames that a run is asked about; see `lidar_query` for the arguments.
+
+    Raises:
+      ValueError: no such data set, or several to choose from.
+      RecordError: no such records.
+    """
     names = sorted(config.datasets)
-    if len(names) != 1:
+    if dataset is None and len(names) != 1:
         raise ValueError(f"the run learned from {', '.join(names)}: say with --dataset which one the sample is of")
-    return names[0]
-
-
-def _records(config: ml_collections.ConfigDict, name: str, split: str | None, records: str | None) -> RecordSource:
+    facts = dataset_named(dataset or names[0])
     if records:
         config = config.copy_and_resolve_references()
         config.data.records = str(records)
-    return record_source(config, name, split or config.data.eval_split)
+    return facts, record_source(config, facts.name, split or config.data.eval_split)

@@ -30,7 +30,7 @@ from pop3d_jax.grids.store import GridStoreError
 from pop3d_jax.inference import Predictor, find_sample
 from pop3d_jax.lidar_query import lidar_query, parse_point
 from pop3d_jax.pictures import draw_query
-from pop3d_jax.shared_flags import define_phrase_flags, define_records_flags, define_run_flags
+from pop3d_jax.shared_flags import define_lidar_flags, define_phrase_flags, define_records_flags, define_run_flags
 from pop3d_jax.teacher import load_text_side
 from pop3d_jax.text import embed_phrases
 from pop3d_jax.voxels import voxel_centres
@@ -113,12 +113,11 @@ def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
     define_run_flags()
     define_records_flags()
+    define_lidar_flags()
     define_phrase_flags()
     flags.DEFINE_string("out", None, "Picture to write; query.png by default, none with --grids.")
     flags.DEFINE_integer("hits", 25, "How many of the best voxels or points are ringed in the images.", lower_bound=1)
-    flags.DEFINE_bool("lidar", False, "Ask the lidar network of a distillation, about the points of a raw sweep.")
     flags.DEFINE_list("point", None, "With --lidar: x,y,z, metres in the lidar frame; what is like the nearest point?")
-    flags.DEFINE_string("dataset", None, "With --lidar: data set of the sample; the run's, where it has only one.")
     flags.DEFINE_integer("top", 20, "With --grids: key frames a phrase.", lower_bound=1)
     flags.DEFINE_multi_string("without", [], "With --grids: voxels nearer to this phrase do not count.")
 
