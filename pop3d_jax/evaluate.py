@@ -274,6 +274,11 @@ def _phrase_lines(report: dict) -> list[str]:
             f"{scored.phrase:<24}{scored.average_precision:>12.2f}{scored.matching_share:>12.2f}"
             f"{scored.average_precision / scored.matching_share:>12.2f}{scored.frames:>8}"
         )
+    frames = [entry["frames"] for entry in report["retrieval"]]
+    if frames:
+        mean = np.average([entry["average_precision"] for entry in report["retrieval"]], weights=frames)
+        share = np.average([entry["matching_share"] for entry in report["retrieval"]], weights=frames)
+        lines.append(f"{'all, mean of queries':<24}{mean:>12.2f}{share:>12.2f}{mean / share:>12.2f}{sum(frames):>8}")
     lines.append("AP: average precision over all points of the sweep; share: of points that match the phrase.")
     if report["retrieval_undefined"]:
         lines.append(f"left out: {report['retrieval_undefined']} queries that no point matches")

@@ -36,7 +36,7 @@ _HIGHEST_IMAGE = 5.2
 _PALE = 0.35
 
 
-def _ahead(key_frame: KeyFrame) -> Float[np.ndarray, "2 2"]:
+def right_and_ahead(key_frame: KeyFrame) -> Float[np.ndarray, "2 2"]:
     """Rows "to the right" and "ahead" in the lidar's x and y: the axis along which the first, front camera looks."""
     look = key_frame.lidar_to_camera[0][2, :2]
     ahead = np.zeros(2)
@@ -45,15 +45,15 @@ def _ahead(key_frame: KeyFrame) -> Float[np.ndarray, "2 2"]:
     return np.array([[ahead[1], -ahead[0]], ahead])
 
 
-def _around_the_car(key_frame: KeyFrame) -> list[int]:
+def around_the_car(key_frame: KeyFrame) -> list[int]:
     """Cameras in reading order: the front row from left to right, the back row as one sees it turning round."""
-    right, ahead = _ahead(key_frame)
+    right, ahead = right_and_ahead(key_frame)
     looks = key_frame.lidar_to_camera[:, 2, :2]
     clockwise = np.degrees(np.arctan2(looks @ right, looks @ ahead))
     return np.argsort((clockwise + 90.0) % 360.0, kind="stable").tolist()
 
 
-def _class_colours(dataset: LidarDataset) -> Float[np.ndarray, "classes 3"]:
+def class_colours(dataset: LidarDataset) -> Float[np.ndarray, "classes 3"]:
     if dataset.name == "nuscenes":
         return CLASS_COLOURS[1:17] / 255.0
     return np.array([matplotlib.colormaps["tab20"](index)[:3] for index in range(len(dataset.class_names))])
@@ -167,10 +167,10 @@ def draw_lidar_query(
     # What does not match steps back, so that the images stay readable.
     in_images = np.concatenate([colours[:, :3], 0.25 + 0.75 * np.asarray(scale(similarity))[:, None]], 1)
     xyz = key_frame.points[:, :3]
-    xy = xyz[:, :2] @ _ahead(key_frame).T
+    xy = xyz[:, :2] @ right_and_ahead(key_frame).T
     extent = float(np.quantile(np.abs(xy).max(1), _SHOWN_SHARE))
 
-    order = _around_the_car(key_frame)
+    order = around_the_car(key_frame)
     columns = min(3, len(order))
     rows = -(-len(order) // columns)
     with Image.open(io.BytesIO(key_frame.images[order[0]])) as image:  # reads the header only
@@ -238,7 +238,7 @@ def _draw_truth(
 ) -> None:
     colours = np.tile(matplotlib.colors.to_rgb(_UNLABELLED_COLOUR), (len(classes), 1))
     scored = classes != IGNORE
-    of_class = _class_colours(dataset)
+    of_class = class_colours(dataset)
     colours[scored] = of_class[classes[scored]]
     _draw_above(axes, xy, colours, height, extent)
     axes.tick_params(labelleft=False)  # as the view from above beside it

@@ -243,6 +243,7 @@ def small_distillation_run(small_records: Path, tiny_clip_folder: Path, make_onc
             "model.output_channels": 16,
             "teacher.path": tiny_clip_folder,
             "total_steps": 2,
+            "optim.warmup_steps": 1,
             "log_every": 1,
             "checkpoint_every": 2,
         }
