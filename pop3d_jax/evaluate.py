@@ -4,7 +4,8 @@ Prints occupancy IoU and zero-shot mIoU, per class, on the run's held-out split,
 (val_miou_vox_clip_all, ...). With --baselines, predictors that do not look at the images or shuffle the words stand
 beside them; with --retrieval FOLDER, phrases are looked up as well; --upscale 2 judges the same parameters on a grid
 twice as fine. `pop3d_jax.evaluate_retrieval` scores the published retrieval benchmark, `pop3d_jax.evaluate_lidarseg`
-writes a submission to the nuScenes lidarseg challenge.
+writes a submission to the nuScenes lidarseg challenge. With --lidar the run is a distillation of ScaLR, and the phrases
+of --retrieval FOLDER are looked up in raw sweeps.
 """
 
 from collections.abc import Sequence
@@ -30,16 +31,33 @@ from pop3d_jax.evaluator import (
 )
 from pop3d_jax.experiment import example_settings
 from pop3d_jax.hosts import join_hosts
+from pop3d_jax.lidar_retrieval import score_phrases
 from pop3d_jax.metrics import mean_iou
 from pop3d_jax.nuscenes import CLASS_NAMES, UNLABELLED
 from pop3d_jax.retrieval import PhraseScore, Retrieval, RetrievalError, embed_queries, read_queries
-from pop3d_jax.shared_flags import define_evaluation_flags, define_records_flags, define_report_flags, define_run_flags
+from pop3d_jax.shared_flags import (
+    define_evaluation_flags,
+    define_lidar_flags,
+    define_records_flags,
+    define_report_flags,
+    define_run_flags,
+)
 from pop3d_jax.teacher import load_text_side
 from pop3d_jax.text import read_text_classifier
 from pop3d_jax.torch_files import WeightFileError
 from pop3d_jax.workdir import WorkdirError
 
 _SHUFFLES = 5
+# Flags that only POP-3D's runs have, and only lidar networks'.
+_FLAGS_OF_VOLUMES = (
+    "baselines",
+    "calibration_of_records",
+    "calibration_split",
+    "upscale",
+    "batch_size",
+    "text_weights",
+)
+_FLAGS_OF_LIDAR = ("dataset",)
 
 
 def evaluate(
@@ -130,17 +148,43 @@ def evaluate(
             "miou_voxels_occupied_each_shuffle": shuffled,
         }
     if retrieval is not None:
-        report["retrieval"] = [
-            {
-                "phrase": row.phrase,
-                "average_precision": 100.0 * row.average_precision,
-                "matching_share": 100.0 * row.matching_share,
-                "frames": row.frames,
-            }
-            for row in retrieval.table()
-        ]
-        report["retrieval_undefined"] = retrieval.undefined
+        report |= _phrases(retrieval)
     return report
+
+
+def evaluate_lidar(
+    workdir: epath.PathLike,
+    retrieval_dir: str,
+    *,
+    dataset: str | None = None,
+    step: int | None = None,
+    split: str | None = None,
+    records: str | None = None,
+) -> dict:
+    """Scores the phrases of a benchmark folder on a distilled lidar network; see `lidar_retrieval.score_phrases`."""
+    retrieval, predictor, frames = score_phrases(
+        workdir, retrieval_dir, dataset=dataset, step=step, split=split, records=records
+    )
+    return {
+        "workdir": str(workdir),
+        "step": predictor.step,
+        "split": split or predictor.config.data.eval_split,
+        "frames": frames,
+    } | _phrases(retrieval)
+
+
+def _phrases(retrieval: Retrieval) -> dict:
+    """Scores of phrases in percent."""
+    rows = [
+        {
+            "phrase": row.phrase,
+            "average_precision": 100.0 * row.average_precision,
+            "matching_share": 100.0 * row.matching_share,
+            "frames": row.frames,
+        }
+        for row in retrieval.table()
+    ]
+    return {"retrieval": rows, "retrieval_undefined": retrieval.undefined}
 
 
 def _per_class(results: Results) -> dict[str, dict[str, float | None]]:
@@ -164,9 +208,12 @@ def _per_class(results: Results) -> dict[str, dict[str, float | None]]:
 
 def format_table(report: dict) -> str:
     """The report as a person reads it."""
+    head = f"{report['workdir']}, step {report['step']}, split {report['split']}: {report['frames']} key frames"
+    if "scores" not in report:
+        return "\n".join([head, *_phrase_lines(report)])
     scores, baselines = report["scores"], report.get("baselines", {})
     lines = [
-        f"{report['workdir']}, step {report['step']}, split {report['split']}: {report['frames']} key frames",
+        head,
         f"grid: {' x '.join(map(str, report['grid_size']))} voxels",
         *(["calibration: of another key frame"] if report["calibration"] != "right" else []),
         "",
@@ -214,17 +261,28 @@ def format_table(report: dict) -> str:
         if any(value is not None for value in values):
             lines.append(f"{name:<24}" + "".join(f"{'-':>12}" if v is None else f"{v:>12.2f}" for v in values))
     if "retrieval" in report:
-        lines += ["", f"{'phrase (percent)':<24}{'AP':>12}{'share':>12}{'AP / share':>12}{'frames':>8}"]
-        for entry in report["retrieval"]:
-            scored = PhraseScore(entry["phrase"], entry["average_precision"], entry["matching_share"], entry["frames"])
-            lines.append(
-                f"{scored.phrase:<24}{scored.average_precision:>12.2f}{scored.matching_share:>12.2f}"
-                f"{scored.average_precision / scored.matching_share:>12.2f}{scored.frames:>8}"
-            )
-        lines.append("AP: average precision over all points of the sweep; share: of points that match the phrase.")
-        if report["retrieval_undefined"]:
-            lines.append(f"left out: {report['retrieval_undefined']} queries that no point matches")
+        lines += _phrase_lines(report)
     return "\n".join(lines)
+
+
+def _phrase_lines(report: dict) -> list[str]:
+    """The table of phrases."""
+    lines = ["", f"{'phrase (percent)':<24}{'AP':>12}{'share':>12}{'AP / share':>12}{'frames':>8}"]
+    for entry in report["retrieval"]:
+        scored = PhraseScore(entry["phrase"], entry["average_precision"], entry["matching_share"], entry["frames"])
+        lines.append(
+            f"{scored.phrase:<24}{scored.average_precision:>12.2f}{scored.matching_share:>12.2f}"
+            f"{scored.average_precision / scored.matching_share:>12.2f}{scored.frames:>8}"
+        )
+    frames = [entry["frames"] for entry in report["retrieval"]]
+    if frames:
+        mean = np.average([entry["average_precision"] for entry in report["retrieval"]], weights=frames)
+        share = np.average([entry["matching_share"] for entry in report["retrieval"]], weights=frames)
+        lines.append(f"{'all, mean of queries':<24}{mean:>12.2f}{share:>12.2f}{mean / share:>12.2f}{sum(frames):>8}")
+    lines.append("AP: average precision over all points of the sweep; share: of points that match the phrase.")
+    if report["retrieval_undefined"]:
+        lines.append(f"left out: {report['retrieval_undefined']} queries that no point matches")
+    return lines
 
 
 def parse_upscale(values: Sequence[str] | None) -> tuple[int, int, int] | None:
@@ -245,6 +303,7 @@ def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
     define_run_flags()
     define_records_flags()
+    define_lidar_flags()
     define_evaluation_flags()
     define_report_flags()
     flags.DEFINE_bool("baselines", False, "Also score the best constant grid and shuffled class prompts.")
@@ -265,29 +324,42 @@ def _define_flags() -> None:
     )
 
 
+def _check(values: flags.FlagValues) -> None:
+    """Raises ValueError where flags do not go together."""
+    if values.lidar and not values.retrieval:
+        raise ValueError("--lidar needs --retrieval, the folder of phrases that are looked up in raw sweeps")
+    for name in _FLAGS_OF_VOLUMES if values.lidar else _FLAGS_OF_LIDAR:
+        if values[name].present:
+            raise ValueError(f"--{name} says nothing {'with' if values.lidar else 'without'} --lidar: leave it out")
+
+
 def main(_: list[str]) -> None:
     with stop_with_message(
         WorkdirError, CheckpointError, RecordError, RetrievalError, WeightFileError, ValueError, FileNotFoundError
     ):
         join_hosts()
-        report = evaluate(
-            flags.FLAGS.workdir,
-            step=flags.FLAGS.step,
-            split=flags.FLAGS.split,
-            records=flags.FLAGS.records,
-            baselines=flags.FLAGS.baselines,
-            retrieval_dir=flags.FLAGS.retrieval,
-            calibration=RecordSource(flags.FLAGS.calibration_of_records, flags.FLAGS.calibration_split)
-            if flags.FLAGS.calibration_of_records
-            else None,
-            upscale=parse_upscale(flags.FLAGS.upscale),
-            batch_size=flags.FLAGS.batch_size,
-            text_weights=flags.FLAGS.text_weights,
-        )
+        values = flags.FLAGS
+        _check(values)
+        asked = {name: values[name].value for name in ("step", "split", "records")}
+        if values.lidar:
+            report = evaluate_lidar(values.workdir, values.retrieval, dataset=values.dataset, **asked)
+        else:
+            report = evaluate(
+                values.workdir,
+                **asked,
+                baselines=values.baselines,
+                retrieval_dir=values.retrieval,
+                calibration=RecordSource(values.calibration_of_records, values.calibration_split)
+                if values.calibration_of_records
+                else None,
+                upscale=parse_upscale(values.upscale),
+                batch_size=values.batch_size,
+                text_weights=values.text_weights,
+            )
         if jax.process_index():  # every host has the same numbers: one of them tells
             return
         print(format_table(report))
-        write_report(report, flags.FLAGS.out)
+        write_report(report, values.out)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,13 @@ class Predictor:
 
         Raises:
           WorkdirError, CheckpointError: nothing to restore, or not of this model.
+          ValueError: the run is one of a lidar network.
         """
         mesh = make_mesh(len(jax.local_devices()), 1, jax.local_devices())
         self.config: ml_collections.ConfigDict = read_config(workdir)
+        task = self.config.get("task", "occupancy")
+        if task != "occupancy":
+            raise ValueError(f"{workdir} holds a run of task {task!r}, a lidar network: query it with --lidar")
         self.student: Student = make_student(self.config)
         checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
         self.step = checkpoints.latest_step() if step is None else step

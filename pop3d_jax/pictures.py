@@ -31,9 +31,9 @@ _IMAGE_ORDER = (
     "CAM_BACK",
     "CAM_BACK_LEFT",
 )
-_SIMILARITY = LinearSegmentedColormap.from_list("similarity", SIMILARITY_STOPS)
-_HIT_COLOUR = "#ff1744"
-_CAMERA_VIEW = {"elev": 38, "azim": -105}
+SIMILARITY = LinearSegmentedColormap.from_list("similarity", SIMILARITY_STOPS)
+HIT_COLOUR = "#ff1744"
+CAMERA_VIEW = {"elev": 38, "azim": -105}
 # Faces of a unit cube: corner offsets of the five that can be seen from above, and how much light each gets.
 _FACES = np.array(
     [
@@ -72,8 +72,13 @@ def _draw_perspective(
         zlim=(volume.minimum[2], volume.maximum[2]),
     )
     axes.set_box_aspect(extent * (1, 1, 1.6), zoom=1.55)
-    axes.view_init(**_CAMERA_VIEW)
+    axes.view_init(**CAMERA_VIEW)
     axes.set_axis_off()
+
+
+def draw_car(axes: Axes) -> None:
+    """The car itself from above: 1.8 m by 4.5 m around the lidar, pointing forward, which is up."""
+    axes.add_patch(plt.Polygon([(-0.9, -2.8), (0.9, -2.8), (0.9, 1.0), (0, 2.2), (-0.9, 1.0)], color="#222222"))
 
 
 def _draw_above(axes: Axes, image: Float[np.ndarray, "x y 4"], volume: Volume) -> None:
@@ -84,8 +89,7 @@ def _draw_above(axes: Axes, image: Float[np.ndarray, "x y 4"], volume: Volume) -
         extent=(volume.minimum[0], volume.maximum[0], volume.minimum[1], volume.maximum[1]),
         interpolation="nearest",
     )
-    # The car itself: 1.8 m by 4.5 m around the lidar, pointing forward.
-    axes.add_patch(plt.Polygon([(-0.9, -2.8), (0.9, -2.8), (0.9, 1.0), (0, 2.2), (-0.9, 1.0)], color="#222222"))
+    draw_car(axes)
     axes.set_xlabel("metres to the right", fontsize=8)
     axes.set_ylabel("metres ahead", fontsize=8, labelpad=0)
     axes.tick_params(labelsize=8)
@@ -117,7 +121,7 @@ def _draw_images(axes: list[Axes], key_frame: KeyFrame, hits: Float[np.ndarray, 
             uv[seen, 1],
             s=np.clip(900.0 / depth[seen] ** 1.2, 8.0, 160.0),
             facecolors="none",
-            edgecolors=_HIT_COLOUR,
+            edgecolors=HIT_COLOUR,
             linewidths=1.1,
         )
         axis.set_title(camera.removeprefix("CAM_").replace("_", " ").lower(), fontsize=9, pad=3)
@@ -151,7 +155,7 @@ def draw_query(
     # Half of what is there is grey; the few best voxels set the other end of the scale.
     low, high = similarity_range(values)
     scale = Normalize(low, max(high, low + 1e-6), clip=True)
-    colours = _SIMILARITY(scale(values))[:, :3] if values.size else np.zeros((0, 3))
+    colours = SIMILARITY(scale(values))[:, :3] if values.size else np.zeros((0, 3))
 
     columns = 2 if target is None else 4
     figure = plt.figure(figsize=(15, 10.4), facecolor="white")
@@ -171,7 +175,7 @@ def draw_query(
     _draw_perspective(perspective, occupied, colours, volume)
     perspective.set_title("prediction in perspective", fontsize=10)
     bar = figure.colorbar(
-        matplotlib.cm.ScalarMappable(scale, _SIMILARITY),
+        matplotlib.cm.ScalarMappable(scale, SIMILARITY),
         ax=perspective,
         orientation="horizontal",
         shrink=0.6,

@@ -1,12 +1,17 @@
 """Asks for a phrase: in one key frame of a trained run, or in all key frames of exported grids.
 
     python -m pop3d_jax.query --workdir W --text "a red car" --sample 0 --out out.png
+    python -m pop3d_jax.query --lidar --workdir W --text "a red car" --sample 0 --out out.png [--dataset nuscenes]
+    python -m pop3d_jax.query --lidar --workdir W --point 4,12,-1 --sample 0 --out out.png
     python -m pop3d_jax.query --grids grids.zarr --text "police car" [--text "bus"] [--without "car"] --top 20
 
 The first writes a picture: the six images with the best matches ringed, the occupied voxels coloured by similarity from
 above and in perspective, and the ground truth beside them where there is one, and prints where the best matches are.
 
-The second ranks the key frames of a store that `pop3d_jax.export` wrote, prints where in each of them the phrase fits
+With --lidar the run is a distillation of ScaLR: a phrase is answered on the raw sweep by a network that a CLIP taught,
+and --point asks any distilled network which points are like the one nearest to x,y,z.
+
+The last ranks the key frames of a store that `pop3d_jax.export` wrote, prints where in each of them the phrase fits
 best, and with --out draws the pieces of the images there. A hit that fits a phrase of everyday things better than the
 one asked for is marked with a question mark: "there is none" is an answer.
 """
@@ -23,15 +28,17 @@ from pop3d_jax.grids.answers import draw_hits, format_hits
 from pop3d_jax.grids.feature_grids import FeatureGrids
 from pop3d_jax.grids.store import GridStoreError
 from pop3d_jax.inference import Predictor, find_sample
+from pop3d_jax.lidar_query import lidar_query, parse_point
 from pop3d_jax.pictures import draw_query
-from pop3d_jax.shared_flags import define_phrase_flags, define_records_flags, define_run_flags
+from pop3d_jax.shared_flags import define_lidar_flags, define_phrase_flags, define_records_flags, define_run_flags
 from pop3d_jax.teacher import load_text_side
 from pop3d_jax.text import embed_phrases
 from pop3d_jax.voxels import voxel_centres
 from pop3d_jax.workdir import WorkdirError
 
-# Flags that only one of the two questions has.
+# Flags that only some of the questions have.
 _FLAGS_OF_RUNS = ("step", "sample", "hits")
+_FLAGS_OF_LIDAR = ("point", "dataset")
 _FLAGS_OF_GRIDS = ("top", "without", "background", "threshold", "text_tower")
 
 
@@ -106,9 +113,11 @@ def _define_flags() -> None:
     """Not at import, so that several commands can be imported side by side."""
     define_run_flags()
     define_records_flags()
+    define_lidar_flags()
     define_phrase_flags()
     flags.DEFINE_string("out", None, "Picture to write; query.png by default, none with --grids.")
-    flags.DEFINE_integer("hits", 25, "How many of the best voxels are ringed in the images.", lower_bound=1)
+    flags.DEFINE_integer("hits", 25, "How many of the best voxels or points are ringed in the images.", lower_bound=1)
+    flags.DEFINE_list("point", None, "With --lidar: x,y,z, metres in the lidar frame; what is like the nearest point?")
     flags.DEFINE_integer("top", 20, "With --grids: key frames a phrase.", lower_bound=1)
     flags.DEFINE_multi_string("without", [], "With --grids: voxels nearer to this phrase do not count.")
 
@@ -121,18 +130,12 @@ def main(_: list[str]) -> None:
             _search(values)
             return
         out = values.out or "query.png"
-        print(
-            query(
-                values.workdir,
-                values.text[0],
-                values.sample,
-                out,
-                step=values.step,
-                split=values.split,
-                records=values.records,
-                hits=values.hits,
-            )
-        )
+        asked = {name: values[name].value for name in ("step", "split", "records", "hits")}
+        if values.lidar:
+            question = {"text": values.text[0]} if values.text else {"point": parse_point(values.point)}
+            print(lidar_query(values.workdir, values.sample, out, dataset=values.dataset, **question, **asked))
+        else:
+            print(query(values.workdir, values.text[0], values.sample, out, **asked))
         logging.info("picture: %s", out)
 
 
@@ -140,7 +143,17 @@ def _check(values: flags.FlagValues) -> None:
     """Raises ValueError where flags do not go together."""
     if bool(values.workdir) == bool(values.grids):
         raise ValueError("give --workdir to ask a trained run, or --grids to ask exported grids")
-    if values.workdir and len(values.text) > 1:
+    if values.lidar and values.grids:
+        raise ValueError("--lidar asks a trained run: give its --workdir in place of --grids")
+    if values.lidar and bool(values.text) == bool(values.point):
+        raise ValueError("--lidar needs --text, a phrase, or --point, x,y,z in metres: exactly one of them")
+    if not values.lidar:
+        for name in _FLAGS_OF_LIDAR:
+            if values[name].present:
+                raise ValueError(f"--{name} says nothing without --lidar: leave it out, or ask a lidar network")
+        if not values.text:
+            raise ValueError('give --text, the phrase to ask for, such as --text "a red car"')
+    if values.workdir and len(values.text or ()) > 1:
         raise ValueError("several --text need --grids")
     asked, others = ("grids", _FLAGS_OF_RUNS) if values.grids else ("workdir", _FLAGS_OF_GRIDS)
     for name in others:
@@ -163,5 +176,4 @@ def _search(values: flags.FlagValues) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    flags.mark_flags_as_required(["text"])
     run(main)

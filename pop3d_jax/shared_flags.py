@@ -21,6 +21,12 @@ def define_records_flags() -> None:
     )
 
 
+def define_lidar_flags() -> None:
+    """Whether the run is one of a lidar network: --lidar, --dataset."""
+    flags.DEFINE_bool("lidar", False, "Ask the lidar network of a distillation about the points of raw sweeps.")
+    flags.DEFINE_string("dataset", None, "With --lidar: data set asked about; the run's, where it has only one.")
+
+
 def define_evaluation_flags() -> None:
     """How a run is evaluated: --batch_size."""
     flags.DEFINE_integer(

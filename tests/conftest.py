@@ -259,6 +259,33 @@ def small_lidar_run(small_records: Path, make_once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_distillation_run(small_records: Path, tiny_clip_folder: Path, make_once) -> Path:
+    """Workdir of a finished distillation of two steps, from the tiny CLIP, on the small world's records."""
+
+    def make(folder: Path) -> None:
+        (folder / "records").mkdir()
+        (folder / "records" / "nuscenes").symlink_to(small_records)
+        fields = {
+            "data.records": folder / "records",
+            "points.capacity": 1024,
+            "points.max_points": 1024,
+            "points.image_hw": (48, 80),
+            "model.channels": 16,
+            "model.depth": 3,
+            "model.output_channels": 16,
+            "teacher.path": tiny_clip_folder,
+            "total_steps": 2,
+            "optim.warmup_steps": 1,
+            "log_every": 1,
+            "checkpoint_every": 2,
+        }
+        flags = {f"config.{name}": value for name, value in fields.items()}
+        _run_module("pop3d_jax.train", config="configs/demo_scalr.py:nuscenes", workdir=folder / "run", **flags)
+
+    return make_once("small_distillation_run", make) / "run"
+
+
+@pytest.fixture(scope="session")
 def small_grids(small_run: Path, make_once) -> Path:
     """Exported grids of the small run: all voxels of the training split's four key frames, of two scenes."""
 
