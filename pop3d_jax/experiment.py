@@ -14,6 +14,7 @@ from flax import nnx
 from pop3d_jax.data.pipeline import ExampleSettings, training_batches
 from pop3d_jax.data.records import RecordSource
 from pop3d_jax.images import network_images
+from pop3d_jax.lidar_experiment import LidarStudent
 from pop3d_jax.models.batch_norm import calibrate_batch_norm
 from pop3d_jax.models.parameters import ArrayTree, merge_model, path_names, split_model
 from pop3d_jax.models.pop3d import Pop3D, Pop3DConfig
@@ -174,7 +175,7 @@ def build_student(
     return parameters, statistics
 
 
-def restored_parts(student: Student) -> dict[str, Any]:
+def restored_parts(student: Student | LidarStudent) -> dict[str, Any]:
     """What inference restores from a checkpoint: parameters and statistics, no optimiser."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),

@@ -91,16 +91,16 @@ def _draw_image(
         linewidths=1.1,
     )
     if chosen is not None:
-        _mark(axes, *pixels[seen == chosen, ::-1].T)
+        _mark(axes, pixels[seen == chosen, ::-1])
     axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
     name = dataset.cameras[camera].removeprefix("CAM_").removesuffix("_camera").replace("_", " ").lower()
     axes.set_title(name, fontsize=9, pad=3)
     axes.set_axis_off()
 
 
-def _mark(axes: Axes, *coordinates: np.ndarray) -> None:
-    """The chosen point."""
-    axes.scatter(*coordinates, s=190, marker="*", color=_CHOSEN_COLOUR, edgecolors="white", linewidths=1.0, zorder=6)
+def _mark(axes: Axes, place: Float[np.ndarray, "seen 2"] | Int[np.ndarray, "seen 2"]) -> None:
+    """The chosen point, where it is seen."""
+    axes.scatter(*place.T, s=190, marker="*", color=_CHOSEN_COLOUR, edgecolors="white", linewidths=1.0, zorder=6)
 
 
 def _draw_above(
@@ -199,7 +199,7 @@ def draw_lidar_query(
     _draw_above(above, xy, colours, similarity, extent)
     above.scatter(*xy[hits].T, s=42, facecolors="none", edgecolors=HIT_COLOUR, linewidths=1.1, zorder=5)
     if chosen is not None:
-        _mark(above, *xy[chosen])
+        _mark(above, xy[[chosen]])
     above.set_ylabel("metres ahead", fontsize=8, labelpad=0)
     above.set_title("the sweep from above, best points ringed", fontsize=10)
 
@@ -207,7 +207,7 @@ def draw_lidar_query(
     near = (np.abs(xy) <= extent).all(1)
     _draw_perspective(perspective, xy[near], xyz[near, 2], colours[near], extent)
     centre = _LEFT + _PANEL + middle / 2
-    figure.text(*place(centre, below, 0, -0.08)[:2], "in perspective", fontsize=10, ha="center")
+    figure.text(*place(centre, below - 0.08, 0.0, 0.0)[:2], "in perspective", fontsize=10, ha="center")
     bar = figure.colorbar(
         matplotlib.cm.ScalarMappable(scale, SIMILARITY),
         cax=figure.add_axes(place(centre - 1.6, below + _PANEL + 0.08, 3.2, 0.14)),
@@ -219,7 +219,7 @@ def draw_lidar_query(
     if classes is not None:
         truth = figure.add_axes(place(_WIDTH - _RIGHT - _PANEL, below, _PANEL, _PANEL))
         _draw_truth(truth, xy, xyz[:, 2], classes, dataset, extent)
-    figure.suptitle(title, fontsize=14, fontweight="bold", y=place(0, 0.2, 0, 0)[1])
+    figure.suptitle(title, fontsize=14, fontweight="bold", y=place(0.0, 0.2, 0.0, 0.0)[1])
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()

@@ -294,6 +294,11 @@ def test_questions_that_cannot_be_asked_are_a_line(small_run, exported, tmp_path
         ([f"--workdir={small_run}", "--text=x", "--without=y"], "--without says nothing with --workdir"),
         ([f"--workdir={small_run}", "--text=x", "--text=y"], "several --text need --grids"),
         (["--text=x"], "give --workdir to ask a trained run, or --grids"),
+        ([f"--workdir={small_run}"], "give --text, the phrase to ask for"),
+        ([f"--workdir={small_run}", "--text=x", "--point=1,2,3"], "--point says nothing without --lidar"),
+        ([f"--workdir={small_run}", "--lidar"], "--lidar needs --text, a phrase, or --point"),
+        ([f"--workdir={small_run}", "--lidar", "--text=x", "--point=1,2,3"], "exactly one of them"),
+        ([f"--grids={exported}", "--lidar", "--text=x"], "--lidar asks a trained run"),
         ([f"--grids={exported}", "--text=x", f"--text_tower={tmp_path}"], "name it with --text_tower"),
     ):
         done = command("query", *flags)
