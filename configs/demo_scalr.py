@@ -1,6 +1,6 @@
 """ScaLR made small, on the synthetic world in three layouts, with the tiny CLIP of the demo as teacher.
 
-    make demo-scalr
+make demo-scalr
 """
 
 import ml_collections
