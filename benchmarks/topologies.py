@@ -1,13 +1,16 @@
-"""The published network compiled for TPUs that are not here: memory, collectives and work per chip.
+"""The published networks compiled for TPUs that are not here: memory, collectives and work per chip.
 
     python -m benchmarks.topologies [--topologies v5e:4x4=16,v6e:4x4=32] [--json docs/results]
+    python -m benchmarks.topologies --experiment scalr --topologies v5e:2x2=4
 
 Each is what `python -m pop3d_jax.train --config configs/pop3d_nuscenes.py --compile_only --topology TOPOLOGY` compiles,
-in a process of its own, with bfloat16 and everything rematerialised. Needs the extra `tpu`, and for each 10 to 25 min
-and 14 GB of memory (one key frame a chip; 18 GB with two). Topologies compiled before stay in the table.
+in a process of its own, with bfloat16 and everything rematerialised; with `--experiment scalr` what configs/scalr.py
+is, as it is. Needs the extra `tpu`, and for each 10 to 25 min and, of POP-3D, 14 GB of memory (one key frame a chip;
+18 GB with two). Topologies compiled before stay in the table.
 """
 
 import dataclasses
+import importlib
 import json
 import math
 import multiprocessing
@@ -23,7 +26,11 @@ _TOPOLOGIES = flags.DEFINE_list(
     ["v5e:2x2=4", "v5e:4x4=16", "v5e:16x16=256", "v5p:2x2x2=8", "v6e:4x4=32", "v6e:16x16=256"],
     "TOPOLOGY=BATCH, the batch being spread over the chips",
 )
-_JSON = flags.DEFINE_string("json", "docs/results", "folder of topologies.json")
+_EXPERIMENT = flags.DEFINE_enum("experiment", "pop3d_nuscenes", ["pop3d_nuscenes", "scalr"], "of configs/")
+_JSON = flags.DEFINE_string("json", "docs/results", "folder of topologies.json, or of topologies_scalr.json")
+# What the published experiments leave open.
+_FIELDS = {"pop3d_nuscenes": {"model.remat": "all", "model.compute_dtype": "bfloat16"}, "scalr": {}}
+_TABLES = {"pop3d_nuscenes": "topologies", "scalr": "topologies_scalr"}
 _COLUMNS = [
     "topology",
     "key frames a chip",
@@ -40,28 +47,26 @@ _COLUMNS = [
 ]
 
 
-def compile_one(topology: str, batch: int, results: multiprocessing.Queue) -> None:
+def compile_one(experiment: str, topology: str, batch: int, results: multiprocessing.Queue) -> None:
     """Puts the programs' reports, and FLOPs per chip, into the queue."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from configs.pop3d_nuscenes import get_config
     from pop3d_jax.compile_report import compile_programs
     from pop3d_jax.workdir import git_revision
 
-    config = get_config()
-    config.batch_size = batch
-    config.model.remat, config.model.compute_dtype = "all", "bfloat16"
+    config = importlib.import_module(f"configs.{experiment}").get_config()
+    config.update_from_flattened_dict(_FIELDS[experiment] | {"batch_size": batch})
     revision, dirty, _ = git_revision().partition("-dirty")
     programs = compile_programs(config, topology)
     results.put([dataclasses.asdict(program) | {"revision": revision[:7] + dirty} for program in programs])
 
 
-def compiled(topology: str, batch: int) -> list[dict[str, Any]]:
+def compiled(experiment: str, topology: str, batch: int) -> list[dict[str, Any]]:
     """Both programs' reports, made by a process that gives its memory back."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=compile_one, args=(topology, batch, results))
+    process = context.Process(target=compile_one, args=(experiment, topology, batch, results))
     process.start()
     while True:
         try:
@@ -95,7 +100,8 @@ def _cells(program: dict[str, Any], topology: str) -> list[str]:
 
 
 def main(_: list[str]) -> None:
-    path = Path(_JSON.value) / "topologies.json"
+    name = _TABLES[_EXPERIMENT.value]
+    path = Path(_JSON.value) / f"{name}.json"
     details = json.loads(path.read_text())["details"] if path.exists() else {}
     wanted = [entry.partition("=")[::2] for entry in _TOPOLOGIES.value]
     wrong = [f"{topology}={batch}" for topology, batch in wanted if not batch.isdigit() or int(batch) < 1]
@@ -103,15 +109,15 @@ def main(_: list[str]) -> None:
         raise app.UsageError(f"--topologies: {', '.join(wrong)}: expected TOPOLOGY=BATCH, for example v5e:4x4=16")
     for topology, batch in wanted:
         print(f"compiling for {topology}, batch {batch}", flush=True)
-        details[f"{topology}={batch}"] = compiled(topology, int(batch))
-        print_table(details).write(_JSON.value)
+        details[f"{topology}={batch}"] = compiled(_EXPERIMENT.value, topology, int(batch))
+        print_table(name, details).write(_JSON.value)
     if not wanted:  # columns may have changed
-        print_table(details).write(_JSON.value)
+        print_table(name, details).write(_JSON.value)
 
 
-def print_table(details: dict[str, list[dict[str, Any]]]) -> Table:
+def print_table(title: str, details: dict[str, list[dict[str, Any]]]) -> Table:
     """All that was compiled so far, in the order of names."""
-    table = Table("topologies", _COLUMNS, **details)
+    table = Table(title, _COLUMNS, **details)
     for name, programs in sorted(details.items()):
         topology, _, batch = name.partition("=")
         chips = math.prod(map(int, topology.partition(":")[2].split("x")))

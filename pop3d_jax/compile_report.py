@@ -8,38 +8,25 @@ nothing is executed, and no time is predicted: that needs the machine.
 
 import contextlib
 import dataclasses
-import io
 import logging as standard_logging
 import os
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from PIL import Image
+from jax.sharding import Mesh
 
-from pop3d_jax.data.pipeline import ExampleSettings, make_example
-from pop3d_jax.data.records import KeyFrame
-from pop3d_jax.experiment import example_settings, make_student
+from pop3d_jax.abstract_programs import AbstractProgram
 from pop3d_jax.hlo_text import LargeArray, collectives, largest_arrays
-from pop3d_jax.images import network_images
-from pop3d_jax.models.parameters import merge_model
-from pop3d_jax.nuscenes import CAMERAS
-from pop3d_jax.program import training_program
-from pop3d_jax.sharding import BATCH_AXES, make_mesh, partition_spec, replicated
-from pop3d_jax.teacher import abstract_teacher
+from pop3d_jax.sharding import make_mesh
+from pop3d_jax.tasks import abstract_inference, abstract_training, describe_sizes
 from pop3d_jax.traced_cost import jaxpr_cost
 
 # Main memory of a chip in bytes, by the name of its topologies (Cloud TPU documentation).
 CAPACITY = {"v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
-# Pixels of nuScenes' images; their calibration does not matter here.
-_IMAGE_HW = (900, 1600)
 _LARGEST = 10
 # Share of a chip's memory from which on a program is said to be tight.
 _TIGHT = 0.95
@@ -112,7 +99,7 @@ def topology_mesh(topology: str, config: ml_collections.ConfigDict) -> Mesh:
 
 
 def compile_programs(config: ml_collections.ConfigDict, topology: str, steps: int = 100_000) -> list[Compiled]:
-    """Compiles the training and the inference step.
+    """Compiles the training and the inference step of the experiment's task.
 
     Args:
       config: the experiment; its records and weights are not read.
@@ -122,109 +109,30 @@ def compile_programs(config: ml_collections.ConfigDict, topology: str, steps: in
     mesh = topology_mesh(topology, config)
     training = compile_training(config, mesh, steps)
     with jax.set_mesh(mesh):
-        return [training, _compiled("inference step", *_inference(config, mesh))]
+        return [training, _compiled(abstract_inference(config, mesh))]
 
 
 def compile_training(config: ml_collections.ConfigDict, mesh: Mesh, steps: int = 100_000) -> Compiled:
     """Compiles the training step alone, for any mesh."""
     with jax.set_mesh(mesh):
-        return _compiled("training step", *_training(config, mesh, steps))
+        return _compiled(abstract_training(config, mesh, steps))
 
 
-def blank_key_frame() -> KeyFrame:
-    """A key frame of black images in nuScenes' size and one point: what arrays look like, not what is in them."""
-    file = io.BytesIO()
-    Image.new("RGB", _IMAGE_HW[::-1]).save(file, "JPEG")
-    eye = np.eye(4)
-    return KeyFrame(
-        images=[file.getvalue()] * len(CAMERAS),
-        intrinsics=np.tile(np.eye(3), (len(CAMERAS), 1, 1)),
-        lidar_to_camera=np.tile(eye, (len(CAMERAS), 1, 1)),
-        points=np.ones((1, 5), np.float32),
-        lidarseg=np.zeros(0, np.uint8),
-        lidar_to_ego=eye,
-        ego_to_global=eye,
-        sample_token="",
-        scene_token="",
-        scene_name="",
-        lidar_token="",
-        lidar_file="",
-        camera_tokens=[""] * len(CAMERAS),
-        camera_files=[""] * len(CAMERAS),
-        camera_timestamps=np.zeros(len(CAMERAS), np.int64),
-        timestamp=0,
-    )
-
-
-def abstract_batch(settings: ExampleSettings, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and places of a batch's arrays."""
-    example = make_example(blank_key_frame(), settings, None)
-    return {
-        name: jax.ShapeDtypeStruct(
-            (batch_size, *array.shape),
-            array.dtype,
-            sharding=NamedSharding(mesh, partition_spec(*BATCH_AXES.get(name, ("batch",)))),
-        )
-        for name, array in example.items()
-        if not name.endswith("_left_out")
-    }
-
-
-def _training(config: ml_collections.ConfigDict, mesh: Mesh, steps: int) -> tuple[Any, tuple]:
-    teacher = abstract_teacher(config.teacher)
-    program = training_program(config, teacher, steps, mesh)
-    settings = example_settings(config, training=True)
-    batch = abstract_batch(settings, config.batch_size, mesh)
-    if config.teacher.cache:
-        shape = (config.batch_size, config.data.max_feature_points, teacher.feature_dim)
-        place = NamedSharding(mesh, partition_spec("batch"))
-        batch["feature_targets"] = jax.ShapeDtypeStruct(shape, jnp.float16, sharding=place)
-    state = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        program.abstract_state,
-        program.shardings,
-    )
-    return program.step, (state, batch, {} if config.teacher.cache else _whole(teacher.parameters, mesh))
-
-
-def _inference(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[Any, tuple]:
-    student = make_student(config)
-
-    def predict(parameters: Any, statistics: Any, images: jax.Array, lidar_to_image: jax.Array) -> Any:
-        output = merge_model(student.graph, parameters, statistics)(network_images(images), lidar_to_image)
-        return output.occupancy_logits, output.voxel_features
-
-    settings = example_settings(config, training=False)
-    batch = abstract_batch(settings, config.batch_size, mesh)
-    arguments = (
-        _whole(student.abstract_parameters, mesh),
-        _whole(student.abstract_statistics, mesh),
-        batch["images"],
-        batch["lidar_to_image"],
-    )
-    return jax.jit(predict, out_shardings=NamedSharding(mesh, partition_spec("batch"))), arguments
-
-
-def _whole(tree: Any, mesh: Mesh) -> Any:
-    place = replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
-
-
-def _compiled(name: str, function: Any, arguments: tuple) -> Compiled:
+def _compiled(abstract: AbstractProgram) -> Compiled:
     start = time.monotonic()
     try:
         with _quiet():
-            traced = function.trace(*arguments)
+            traced = abstract.function.trace(*abstract.arguments)
             program = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(name, time.monotonic() - start, refused=_first_lines(str(error)))
+        return Compiled(abstract.name, time.monotonic() - start, refused=_first_lines(str(error)))
     seconds = time.monotonic() - start
     mesh = jax.sharding.get_abstract_mesh()
     memory, cost, text = program.memory_analysis(), program.cost_analysis() or {}, program.as_text()
     return Compiled(
-        name,
+        abstract.name,
         seconds,
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
@@ -263,7 +171,7 @@ def format_report(programs: list[Compiled], topology: str, config: ml_collection
     capacity = CAPACITY[topology.partition(":")[0]]
     lines = [
         f"{topology}, batch {config.batch_size}, {config.model.compute_dtype}, remat {config.model.remat}, "
-        f"images {'x'.join(map(str, config.data.image_hw))}, grid {'x'.join(map(str, config.model.grid_size))}",
+        f"{describe_sizes(config)}",
         "",
         f"{'per chip':<24}" + "".join(f"{program.name:>20}" for program in programs),
     ]

@@ -227,7 +227,7 @@ def small_run(small_train: Callable[..., subprocess.Popen], make_once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_lidar_run(small_records: Path, make_once) -> Path:
+def small_probe_run(small_records: Path, make_once) -> Path:
     """Workdir of a finished run of linear probing, from nothing, on the small world's records; beside it RECORDS."""
 
     def make(folder: Path) -> None:
@@ -254,6 +254,68 @@ def small_lidar_run(small_records: Path, make_once) -> Path:
         }
         more = {f"config.{name}": value for name, value in fields.items()}
         _run_module("pop3d_jax.train", config="configs/scalr_probe.py:nuscenes", workdir=folder / "run", **more)
+
+    return make_once("small_probe_run", make) / "run"
+
+
+@pytest.fixture(scope="session")
+def lidar_records(small_records: Path, make_once) -> Path:
+    """The small world's records where experiments of ScaLR look for them: in a folder by the data set's name."""
+    return make_once("lidar_records", lambda folder: (folder / "nuscenes").symlink_to(small_records))
+
+
+def small_lidar_fields(records: Path, teacher: Path) -> dict[str, object]:
+    """Fields that make ScaLR's demo as small as it goes, on the small world, towards a tiny DINOv2."""
+    return {
+        "data.records": str(records),
+        "points.max_points": 1024,
+        "points.image_hw": (28, 56),
+        "model.channels": 16,
+        "model.depth": 3,
+        "model.grid_shapes": ((16, 16), (16, 4), (16, 4)),
+        "model.output_channels": 48,
+        "teacher.name": "dinov2",
+        "teacher.path": str(teacher),
+        "teacher.variant": "official",
+        "optim.warmup_steps": 2,
+        "total_steps": 40,
+        "log_every": 1,
+        "checkpoint_every": 4,
+        "batch_size": 2,
+    }
+
+
+@pytest.fixture
+def small_lidar_config(lidar_records: Path, dinov2_folder: Path) -> ml_collections.ConfigDict:
+    """The distillation of `small_lidar_run`."""
+    config = importlib.import_module("configs.demo_scalr").get_config("nuscenes")
+    config.update_from_flattened_dict(small_lidar_fields(lidar_records, dinov2_folder))
+    return config
+
+
+@pytest.fixture(scope="session")
+def small_lidar_train(lidar_records: Path, dinov2_folder: Path) -> Callable[..., subprocess.Popen]:
+    """Starts the small distillation in a process of its own: `small_lidar_train(workdir, *flags)`."""
+
+    def start(workdir: Path, *more: str) -> subprocess.Popen:
+        fields = [
+            f"--config.{name}={value}" for name, value in small_lidar_fields(lidar_records, dinov2_folder).items()
+        ]
+        experiment = f"--config={_PROJECT}/configs/demo_scalr.py:nuscenes"
+        command = [sys.executable, "-m", "pop3d_jax.train", experiment, f"--workdir={workdir}", *fields, *more]
+        return subprocess.Popen(command, cwd=_PROJECT, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def small_lidar_run(small_lidar_train: Callable[..., subprocess.Popen], make_once) -> Path:
+    """Workdir of a finished, unbroken small distillation."""
+
+    def make(folder: Path) -> None:
+        process = small_lidar_train(folder / "run")
+        _, log = process.communicate(timeout=400)
+        assert process.returncode == 0, log
 
     return make_once("small_lidar_run", make) / "run"
 

@@ -6,13 +6,16 @@ import jax
 import numpy as np
 import pytest
 
+from configs import scalr_probe
 from pop3d_jax import compile_report
+from pop3d_jax.abstract_programs import AbstractProgram
 from pop3d_jax.compile_report import Compiled
 from pop3d_jax.data.pipeline import training_batches
 from pop3d_jax.data.records import RecordSource
 from pop3d_jax.experiment import example_settings
 from pop3d_jax.hlo_text import LargeArray
-from pop3d_jax.sharding import make_mesh
+from pop3d_jax.sharding import make_mesh, replicated
+from pop3d_jax.tasks import abstract_inference, abstract_training, load_task
 from pop3d_jax.teacher import abstract_teacher, load_teacher
 
 
@@ -20,11 +23,38 @@ def test_shapes_are_those_of_a_real_batch(small_config):
     settings = example_settings(small_config, training=True)
     source = RecordSource(small_config.data.records, "train")
     real = next(training_batches(source, settings, batch_size=2, seed=0))
-    told = compile_report.abstract_batch(settings, 2, make_mesh())
+    _, told, _ = abstract_training(small_config, make_mesh(), 10).arguments
     assert set(told) <= set(real)
     assert {"images", "teacher_images", "points", "feature_points", "lidar_to_image"} <= set(told)
     for name, shape in told.items():
         assert (shape.shape, shape.dtype) == (real[name].shape, real[name].dtype), name
+
+
+def test_shapes_of_lidar_batches_are_those_of_real_ones(small_lidar_config):
+    task = load_task(small_lidar_config, "unused", make_mesh())
+    real = next(task.batches(0))
+    state, told, constants = abstract_training(small_lidar_config, make_mesh(), 10).arguments
+    assert set(told) == set(real) - {*task.host_arrays, *task.capacities}
+    for name, shape in told.items():
+        assert (shape.shape, shape.dtype) == (real[name].shape, real[name].dtype), name
+    assert jax.tree.map(np.shape, constants) == jax.tree.map(np.shape, task.constants)
+    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, task.make_state())
+
+
+def test_every_task_has_its_programs(small_lidar_config):
+    probe = scalr_probe.get_config("nuscenes")
+    probe.update_from_flattened_dict(
+        {"model.channels": 8, "model.depth": 1, "batch_size": 2, "points.capacity": 512, "points.max_points": 256}
+    )
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    for config, term, points, outputs in ((small_lidar_config, "paired_points", 4096, 48), (probe, "lovasz", 512, 16)):
+        with jax.set_mesh(mesh):
+            training, inference = abstract_training(config, mesh, 10_000), abstract_inference(config, mesh)
+            _, metrics = jax.eval_shape(training.function, *training.arguments)
+            found = jax.eval_shape(inference.function, *inference.arguments)
+        assert term in metrics
+        assert found.shape == (2, points, outputs)
+    assert "256 points, 1 blocks of 8 channels" in compile_report.format_report([], "v5e:2x2", probe)
 
 
 def test_an_abstract_teacher_has_the_shapes_of_the_loaded_one(small_config):
@@ -98,18 +128,29 @@ def test_small_programs_compile_for_a_tpu_and_large_ones_are_refused(small_confi
     assert any(array.source.startswith("pop3d_jax/") for array in training.largest)
     mesh = compile_report.topology_mesh("v5e:2x2", small_config)
     with jax.set_mesh(mesh):
-        place = compile_report.replicated(mesh)
-        large = jax.ShapeDtypeStruct((10**10,), np.float32, sharding=place)
-        refused = compile_report._compiled("large", jax.jit(lambda x: x + 1), (large,))
+        large = jax.ShapeDtypeStruct((10**10,), np.float32, sharding=replicated(mesh))
+        refused = compile_report._compiled(AbstractProgram("large", jax.jit(lambda x: x + 1), (large,)))
     assert refused.refused
     assert not compile_report.fits([refused], "v5e:2x2")
+
+
+@pytest.mark.slow
+def test_lidar_clouds_stay_on_their_chips(small_lidar_config):
+    pytest.importorskip("libtpu", reason="needs the extra: pip install 'pop3d-jax[tpu]'")
+    small_lidar_config.batch_size = 4
+    training, inference = programs = compile_report.compile_programs(small_lidar_config, "v5e:2x2")
+    assert compile_report.fits(programs, "v5e:2x2")
+    assert set(training.collectives) == {"all-reduce"}
+    assert not inference.collectives
+    assert training.matrix_flops > inference.matrix_flops > 0
 
 
 def test_student_and_teacher_may_share_their_images(small_config):
     small_config.data.teacher_image_hw = small_config.data.image_hw
     mesh = make_mesh(1, 1, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        step, (state, batch, teacher) = compile_report._training(small_config, mesh, 10)
+        program = abstract_training(small_config, mesh, 10)
+        _, batch, _ = program.arguments
         assert "teacher_images" not in batch
-        _, metrics = jax.eval_shape(step, state, batch, teacher)
+        _, metrics = jax.eval_shape(program.function, *program.arguments)
     assert "feature" in metrics

@@ -24,8 +24,8 @@ _CORRUPTIONS = ("snow", "crosstalk")
 
 
 @pytest.fixture(scope="module")
-def report(small_lidar_run):
-    return evaluate_segmentation(small_lidar_run, corruptions=_CORRUPTIONS, severities=(1, 3))
+def report(small_probe_run):
+    return evaluate_segmentation(small_probe_run, corruptions=_CORRUPTIONS, severities=(1, 3))
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,11 @@ def results(report, tmp_path_factory):
 
 
 @pytest.fixture
-def edited_run(small_lidar_run, tmp_path):
+def edited_run(small_probe_run, tmp_path):
     """A copy of the run with other fields in its configuration."""
 
     def edit(change):
-        shutil.copytree(small_lidar_run, tmp_path / "run")
+        shutil.copytree(small_probe_run, tmp_path / "run")
         config = json.loads((tmp_path / "run" / "config.json").read_text())
         change(config)
         (tmp_path / "run" / "config.json").write_text(json.dumps(config))
@@ -79,16 +79,16 @@ def test_every_labelled_point_is_counted_once(report, small_records):
     assert json.loads(json.dumps(report)) == report
 
 
-def test_corrupted_sweeps_are_judged_and_stay_the_same(report, small_lidar_run):
+def test_corrupted_sweeps_are_judged_and_stay_the_same(report, small_probe_run):
     assert list(report["corruptions"]) == list(_CORRUPTIONS)
     scores = {name: list(of_severities) for name, of_severities in report["corruptions"].items()}
     assert scores == {"snow": ["1", "3"], "crosstalk": ["1", "3"]}
     heavy = report["corruptions"]["snow"]["3"]
     assert heavy["accuracy"] != report["accuracy"]
-    again = evaluate_segmentation(small_lidar_run, corruptions=("snow",), severities=(3,))
+    again = evaluate_segmentation(small_probe_run, corruptions=("snow",), severities=(3,))
     assert again["corruptions"]["snow"]["3"] == heavy
     assert again["mean_iou"] == report["mean_iou"]
-    other = evaluate_segmentation(small_lidar_run, corruptions=("snow",), severities=(3,), seed=1)
+    other = evaluate_segmentation(small_probe_run, corruptions=("snow",), severities=(3,), seed=1)
     assert other["corruptions"]["snow"]["3"] != heavy
 
 
@@ -104,18 +104,18 @@ def test_without_a_baseline_there_is_resilience_alone(report):
     )
 
 
-def test_the_run_as_its_own_baseline_has_100_percent(small_lidar_run, results):
-    own = evaluate_segmentation(small_lidar_run, corruptions=("crosstalk",), severities=(3,), baseline=results)
+def test_the_run_as_its_own_baseline_has_100_percent(small_probe_run, results):
+    own = evaluate_segmentation(small_probe_run, corruptions=("crosstalk",), severities=(3,), baseline=results)
     np.testing.assert_allclose(own["robustness"]["mean_corruption_error"], 100.0)
     assert own["robustness"]["baseline"] == str(results)
 
 
-def test_errors_are_relative_to_the_baseline(small_lidar_run, edited_results):
+def test_errors_are_relative_to_the_baseline(small_probe_run, edited_results):
     def halve(other):
         other["corruptions"]["crosstalk"]["3"]["mean_iou"] = 50.0
 
     path = edited_results(halve)
-    found = evaluate_segmentation(small_lidar_run, corruptions=("crosstalk",), severities=(3,), baseline=path)
+    found = evaluate_segmentation(small_probe_run, corruptions=("crosstalk",), severities=(3,), baseline=path)
     expected = 100 * (100 - found["corruptions"]["crosstalk"]["3"]["mean_iou"]) / 50
     np.testing.assert_allclose(found["robustness"]["corruption_error"]["crosstalk"], expected)
 
@@ -131,10 +131,10 @@ def test_the_table_shows_what_the_report_holds(report):
 
 
 @pytest.fixture(scope="module")
-def pandar64_run(small_lidar_run, pandar64_records, pandar_gt_records, tmp_path_factory):
+def pandar64_run(small_probe_run, pandar64_records, pandar_gt_records, tmp_path_factory):
     """Workdir of an untrained network for the classes of PandaSet, as if trained on its spinning lidar."""
     folder = tmp_path_factory.mktemp("pandar64")
-    config = read_config(small_lidar_run)
+    config = read_config(small_probe_run)
     config.datasets = {"pandar64": 1.0}
     config.model.output_channels = len(PANDAR_GT.class_names)
     config.data.records = str(folder)
@@ -167,19 +167,19 @@ def test_another_lidar_of_the_same_classes(pandar64_run, pandar_gt_records):
     assert "trained on pandar64" in format_table(found)
 
 
-def test_other_classes_need_another_probe(small_lidar_run):
+def test_other_classes_need_another_probe(small_probe_run):
     message = (
         "--dataset=semantic_kitti has other classes (19) than nuscenes (16), which RUN was trained on: probe on that "
         "data set, python -m pop3d_jax.train --config configs/scalr_probe.py:semantic_kitti "
         "--config.initial_weights=RUN"
     )
-    with pytest.raises(ValueError, match=re.escape(message.replace("RUN", str(small_lidar_run)))):
-        evaluate_segmentation(small_lidar_run, dataset="semantic_kitti")
+    with pytest.raises(ValueError, match=re.escape(message.replace("RUN", str(small_probe_run)))):
+        evaluate_segmentation(small_probe_run, dataset="semantic_kitti")
 
 
-def test_an_unknown_data_set_is_refused(small_lidar_run):
+def test_an_unknown_data_set_is_refused(small_probe_run):
     with pytest.raises(ValueError, match="--dataset=waymo: known data sets are nuscenes, pandar64, pandar_gt, sem"):
-        evaluate_segmentation(small_lidar_run, dataset="waymo")
+        evaluate_segmentation(small_probe_run, dataset="waymo")
 
 
 def test_a_mixture_needs_a_name(edited_run):
@@ -207,7 +207,7 @@ def test_a_run_of_another_task_is_sent_to_its_command(edited_run, task, message)
         evaluate_segmentation(edited_run(change))
 
 
-def test_a_split_without_labels_is_refused(small_lidar_run, monkeypatch):
+def test_a_split_without_labels_is_refused(small_probe_run, monkeypatch):
     labelled = RecordSource.__getitem__
 
     def unlabelled(source, index):
@@ -215,16 +215,16 @@ def test_a_split_without_labels_is_refused(small_lidar_run, monkeypatch):
 
     monkeypatch.setattr(RecordSource, "__getitem__", unlabelled)
     with pytest.raises(ValueError, match="--split=train: the sweeps of nuscenes have no labels there; give a split"):
-        evaluate_segmentation(small_lidar_run, split="train")
+        evaluate_segmentation(small_probe_run, split="train")
 
 
-def test_what_is_not_there_is_named(small_lidar_run, tmp_path):
+def test_what_is_not_there_is_named(small_probe_run, tmp_path):
     with pytest.raises(RecordError, match=r"no finished split 'test' \(it has: train, val\)"):
-        evaluate_segmentation(small_lidar_run, split="test")
+        evaluate_segmentation(small_probe_run, split="test")
     with pytest.raises(RecordError, match=f"no records folder {tmp_path}/nuscenes"):
-        evaluate_segmentation(small_lidar_run, records=str(tmp_path))
+        evaluate_segmentation(small_probe_run, records=str(tmp_path))
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 2; it has \[3\]"):
-        evaluate_segmentation(small_lidar_run, step=2)
+        evaluate_segmentation(small_probe_run, step=2)
     with pytest.raises(WorkdirError, match=r"config.json does not exist: --workdir"):
         evaluate_segmentation(tmp_path)
 
@@ -236,9 +236,9 @@ def test_a_sweep_that_does_not_fit_names_the_file_to_change(edited_run, field):
         evaluate_segmentation(workdir)
 
 
-def test_a_baseline_needs_corruptions(small_lidar_run, results):
+def test_a_baseline_needs_corruptions(small_probe_run, results):
     with pytest.raises(ValueError, match=r"--baseline=.* name some, such as --corruptions=all"):
-        evaluate_segmentation(small_lidar_run, baseline=results)
+        evaluate_segmentation(small_probe_run, baseline=results)
 
 
 def _without(*path):
@@ -268,21 +268,21 @@ def _without(*path):
         ),
     ],
 )
-def test_a_baseline_that_cannot_be_compared_is_refused(small_lidar_run, edited_results, change, message):
+def test_a_baseline_that_cannot_be_compared_is_refused(small_probe_run, edited_results, change, message):
     path = edited_results(change)
     with pytest.raises(ValueError, match=message) as error:
-        evaluate_segmentation(small_lidar_run, corruptions=_CORRUPTIONS, severities=(1, 3), baseline=path)
+        evaluate_segmentation(small_probe_run, corruptions=_CORRUPTIONS, severities=(1, 3), baseline=path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_baseline_that_is_no_file_is_refused(small_lidar_run, tmp_path):
+def test_a_baseline_that_is_no_file_is_refused(small_probe_run, tmp_path):
     arguments = {"corruptions": ("fog",), "baseline": tmp_path / "none.json"}
     with pytest.raises(ValueError, match=r"--baseline=.*none.json does not exist: name a file"):
-        evaluate_segmentation(small_lidar_run, **arguments)
+        evaluate_segmentation(small_probe_run, **arguments)
     (tmp_path / "none.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"--baseline=.*none.json holds no results of this command"):
-        evaluate_segmentation(small_lidar_run, **arguments)
+        evaluate_segmentation(small_probe_run, **arguments)
 
 
 def test_words_of_the_flags():
@@ -297,8 +297,8 @@ def test_words_of_the_flags():
             parse_severities(values)
 
 
-def test_the_command_prints_and_writes(small_lidar_run, report, tmp_path):
-    arguments = [f"--workdir={small_lidar_run}", "--corruptions=crosstalk", "--severities=3"]
+def test_the_command_prints_and_writes(small_probe_run, report, tmp_path):
+    arguments = [f"--workdir={small_probe_run}", "--corruptions=crosstalk", "--severities=3"]
     finished = _run(*arguments, f"--out={tmp_path / 'results.json'}")
     assert finished.returncode == 0, finished.stderr
     written = json.loads((tmp_path / "results.json").read_text())

@@ -1,5 +1,6 @@
 """ScaLR as two tasks: distillation of an image teacher into a lidar backbone, and segmentation with labels."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -8,19 +9,34 @@ import ml_collections
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from pop3d_jax.abstract_programs import (
+    AbstractProgram,
+    abstract_batch,
+    abstract_state,
+    blank_key_frame,
+    on_every_device,
+)
 from pop3d_jax.data.lidar_examples import make_distillation_example, make_segmentation_example
 from pop3d_jax.data.lidar_pipeline import LidarSource, MakeExample, mixture_shares, training_batches
-from pop3d_jax.lidar_experiment import build_lidar_student, lidar_settings, lidar_sources
+from pop3d_jax.lidar_experiment import (
+    build_lidar_student,
+    dataset_named,
+    lidar_settings,
+    lidar_sources,
+    make_lidar_student,
+)
 from pop3d_jax.lidar_program import distillation_program, segmentation_program
+from pop3d_jax.lidar_step import network_input
+from pop3d_jax.models.parameters import merge_model
 from pop3d_jax.program import TrainingProgram, number_of_steps
 from pop3d_jax.schedules import make_schedule
 from pop3d_jax.segmentation_evaluator import SegmentationEvaluator
-from pop3d_jax.sharding import replicated
+from pop3d_jax.sharding import partition_spec, replicated
 from pop3d_jax.step import State, initial_state
 from pop3d_jax.tasks.task import Task
-from pop3d_jax.teacher import load_teacher
+from pop3d_jax.teacher import abstract_teacher, load_teacher
 
 
 def distillation_task(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh) -> Task:
@@ -72,6 +88,62 @@ def segmentation_task(config: ml_collections.ConfigDict, workdir: epath.Path, me
         terms=("cross_entropy", "lovasz"),
         evaluate=evaluate,
     )
+
+
+def abstract_distillation(config: ml_collections.ConfigDict, mesh: Mesh, steps: int) -> AbstractProgram:
+    """The distillation step with the teacher in it.
+
+    Raises:
+      FileNotFoundError, ValueError: see `abstract_teacher` and `distillation_program`.
+    """
+    teacher = abstract_teacher(config.teacher)
+    program = distillation_program(config, teacher, steps, mesh)
+    batch = _abstract_batch(config, mesh, make_distillation_example, training=True)
+    constants = on_every_device(teacher.parameters, mesh)
+    return AbstractProgram("training step", program.step, (abstract_state(program), batch, constants))
+
+
+def abstract_segmentation(config: ml_collections.ConfigDict, mesh: Mesh, steps: int) -> AbstractProgram:
+    """The step of probing, fine-tuning or training with labels.
+
+    Raises:
+      ValueError: see `segmentation_program`.
+    """
+    program = segmentation_program(config, steps, mesh)
+    batch = _abstract_batch(config, mesh, make_segmentation_example, training=True)
+    return AbstractProgram("training step", program.step, (abstract_state(program), batch, {}))
+
+
+def abstract_inference(config: ml_collections.ConfigDict, mesh: Mesh) -> AbstractProgram:
+    """Features or logits of every point of whole sweeps."""
+    student = make_lidar_student(config)
+
+    def predict(parameters: Any, statistics: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        model = merge_model(student.graph, parameters, statistics)
+        return model(*network_input(batch, config.points.neighbors))
+
+    batch = _abstract_batch(config, mesh, make_segmentation_example, training=False)
+    del batch["point_labels"]
+    arguments = *on_every_device((student.abstract_parameters, student.abstract_statistics), mesh), batch
+    function = jax.jit(predict, out_shardings=NamedSharding(mesh, partition_spec("batch")))
+    return AbstractProgram("inference step", function, arguments)
+
+
+def describe_sizes(config: ml_collections.ConfigDict) -> str:
+    """Points, channels and blocks."""
+    points = lidar_settings(config, training=True).capacity
+    return f"{points} points, {config.model.depth} blocks of {config.model.channels} channels"
+
+
+def _abstract_batch(
+    config: ml_collections.ConfigDict, mesh: Mesh, make_example: MakeExample, *, training: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a training batch, with room for what is trained on or for whole sweeps."""
+    dataset = dataset_named(next(iter(config.datasets)))
+    settings = dataclasses.replace(lidar_settings(config, training=training), labelled=False)
+    # With a generator: without one the examples are those of evaluation, which keeps the whole sweep beside.
+    example = make_example(blank_key_frame(len(dataset.cameras)), dataset, settings, np.random.default_rng(0))
+    return abstract_batch(example, config.batch_size, mesh)
 
 
 def _sources(config: ml_collections.ConfigDict) -> list[LidarSource]:

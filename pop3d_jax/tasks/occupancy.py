@@ -1,23 +1,36 @@
 """POP-3D as a task: six images and a sweep in, occupancy and the teacher's features out."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import ml_collections
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from pop3d_jax.data.pipeline import evaluation_batches, training_batches
+from pop3d_jax.abstract_programs import (
+    AbstractProgram,
+    abstract_batch,
+    abstract_state,
+    blank_key_frame,
+    on_every_device,
+)
+from pop3d_jax.data.pipeline import evaluation_batches, make_example, training_batches
 from pop3d_jax.data.records import RecordSource
 from pop3d_jax.data.teacher_cache import TeacherCache
 from pop3d_jax.evaluator import Evaluator, headline
-from pop3d_jax.experiment import build_student, example_settings
+from pop3d_jax.experiment import build_student, example_settings, make_student
 from pop3d_jax.grids.selection import configured_selection
+from pop3d_jax.images import network_images
+from pop3d_jax.models.parameters import merge_model
+from pop3d_jax.nuscenes import CAMERAS
 from pop3d_jax.program import number_of_steps, training_program
 from pop3d_jax.schedules import make_schedule
-from pop3d_jax.sharding import replicated
+from pop3d_jax.sharding import partition_spec, replicated
 from pop3d_jax.step import State, initial_state
 from pop3d_jax.tasks.task import Task
-from pop3d_jax.teacher import Teacher, check_text_side, load_teacher, teacher_fingerprint
+from pop3d_jax.teacher import Teacher, abstract_teacher, check_text_side, load_teacher, teacher_fingerprint
 
 
 def occupancy_task(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh) -> Task:
@@ -100,6 +113,52 @@ def occupancy_task(config: ml_collections.ConfigDict, workdir: epath.Path, mesh:
         terms=("cross_entropy", "lovasz", "feature"),
         evaluate=evaluate,
     )
+
+
+def abstract_training(config: ml_collections.ConfigDict, mesh: Mesh, steps: int) -> AbstractProgram:
+    """The training step, with the teacher in it or, where the configuration names a cache, its features.
+
+    Raises:
+      FileNotFoundError, ValueError: see `abstract_teacher` and `training_program`.
+    """
+    teacher = abstract_teacher(config.teacher)
+    program = training_program(config, teacher, steps, mesh)
+    batch = _abstract_batch(config, mesh, training=True)
+    if config.teacher.cache:
+        shape = (config.batch_size, config.data.max_feature_points, teacher.feature_dim)
+        place = NamedSharding(mesh, partition_spec("batch"))
+        batch["feature_targets"] = jax.ShapeDtypeStruct(shape, jnp.float16, sharding=place)
+    constants = {} if config.teacher.cache else on_every_device(teacher.parameters, mesh)
+    return AbstractProgram("training step", program.step, (abstract_state(program), batch, constants))
+
+
+def abstract_inference(config: ml_collections.ConfigDict, mesh: Mesh) -> AbstractProgram:
+    """Occupancy and the features of every voxel from images."""
+    student = make_student(config)
+
+    def predict(parameters: Any, statistics: Any, images: jax.Array, lidar_to_image: jax.Array) -> Any:
+        output = merge_model(student.graph, parameters, statistics)(network_images(images), lidar_to_image)
+        return output.occupancy_logits, output.voxel_features
+
+    batch = _abstract_batch(config, mesh, training=False)
+    arguments = (
+        *on_every_device((student.abstract_parameters, student.abstract_statistics), mesh),
+        batch["images"],
+        batch["lidar_to_image"],
+    )
+    function = jax.jit(predict, out_shardings=NamedSharding(mesh, partition_spec("batch")))
+    return AbstractProgram("inference step", function, arguments)
+
+
+def describe_sizes(config: ml_collections.ConfigDict) -> str:
+    """Images and grid."""
+    image, grid = ("x".join(map(str, sizes)) for sizes in (config.data.image_hw, config.model.grid_size))
+    return f"images {image}, grid {grid}"
+
+
+def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh, *, training: bool) -> dict:
+    example = make_example(blank_key_frame(len(CAMERAS)), example_settings(config, training=training), None)
+    return abstract_batch(example, config.batch_size, mesh)
 
 
 def _teacher_cache(config: ml_collections.ConfigDict, teacher: Teacher, source: RecordSource) -> TeacherCache | None:

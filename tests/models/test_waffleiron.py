@@ -1,4 +1,4 @@
-"""WaffleIron against the official numbers, and what they do not cover: padding, drop-path, loops, meshes."""
+"""WaffleIron where the golden numbers (`tests/test_golden.py`) say nothing: padding, drop-path, loops, meshes."""
 
 import json
 import os
@@ -9,23 +9,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
-from waffleiron_golden import TinyGolden, filled, points_last
 
-from pop3d_jax.models.batch_norm import MOMENTUM
 from pop3d_jax.models.parameters import merge_model, split_model
 from pop3d_jax.models.waffleiron import WaffleIron, WaffleIronConfig
 from pop3d_jax.models.waffleiron_layers import Block, cell_weights, drop_path, flatten, inflate
-from pop3d_jax.models.waffleiron_weights import (
-    official_shapes,
-    state_dict_to_waffleiron,
-    waffleiron_to_state_dict,
-)
+from pop3d_jax.models.waffleiron_weights import waffleiron_to_state_dict
+from pop3d_jax.verification.waffleiron import NOISE_FACTOR, TinyWaffleIron, points_last
 
-# Two float32 runs differ by the noise of both, which the official one against float64 is a sample of.
-NOISE_FACTOR = 6.0
 _PROJECT = Path(__file__).resolve().parents[2]
 
 SMALL = WaffleIronConfig(
@@ -35,7 +27,7 @@ SMALL = WaffleIronConfig(
 
 @pytest.fixture(scope="module")
 def tiny(golden_file):
-    return TinyGolden(golden_file)
+    return TinyWaffleIron(golden_file)
 
 
 @pytest.fixture(autouse=True)
@@ -86,216 +78,25 @@ def call(model, inputs, dropout_key=None, *, method="__call__", **settings):
     return getattr(model, method)(**inputs, dropout_key=dropout_key, **settings)
 
 
-@nnx.jit(static_argnames="training")
-def captured_tokens(model, inputs, training):
-    """The tokens after every layer."""
-    captured = {}
-    model.tokens(**inputs, training=training, capture=captured)
-    return captured
-
-
 def close(ours, expected, tolerance):
     """Largest difference against a share of the largest expected number."""
     np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 @pytest.mark.golden
-class TestForward:
-    def test_tokens_after_every_layer(self, tiny):
-        for norm in tiny.norms:
-            for mode in tiny.modes:
-                tolerance = NOISE_FACTOR * tiny.noise(norm, mode)
-                captured = captured_tokens(tiny.model(norm), tiny.inputs(), mode == "train")
-                prefix = f"{norm}/{mode}/"
-                compared = [name for name in captured if prefix + name in tiny.arrays]
-                assert compared
-                for name in compared:
-                    close(points_last(captured[name]), tiny.arrays[prefix + name], tolerance)
-                unknown = {
-                    name.removeprefix(prefix)
-                    for name in tiny.arrays
-                    if name.startswith((prefix + "spatial", prefix + "channel", prefix + "embed"))
-                } - set(captured)
-                assert not unknown
-
-    @pytest.mark.parametrize("remat", ["none", "all"])
-    def test_outputs_and_running_statistics(self, tiny, remat):
-        for norm in tiny.norms:
-            for mode in tiny.modes:
-                tolerance = NOISE_FACTOR * tiny.noise(norm, mode)
-                model = tiny.model(norm, remat=remat)
-                before = waffleiron_to_state_dict(model)
-                out = points_last(call(model, tiny.inputs(), training=mode == "train"))
-                close(out, tiny.arrays[f"{norm}/{mode}/out_float64"], tolerance)
-                close(out, tiny.arrays[f"{norm}/{mode}/out"], tolerance)
-                after = waffleiron_to_state_dict(model)
-                prefix = f"{norm}/{mode}/stats/"
-                official = {k.removeprefix(prefix): v for k, v in tiny.arrays.items() if k.startswith(prefix)}
-                official = {key: value for key, value in official.items() if not key.endswith("num_batches_tracked")}
-                assert bool(official) == (mode == "train")
-                for key, value in official.items():
-                    np.testing.assert_allclose(after[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
-                for key in before.keys() - official.keys():
-                    np.testing.assert_array_equal(after[key], before[key], err_msg=key)
-
-    def test_a_cloud_alone_as_in_a_batch(self, tiny):
-        cloud = tiny.info["cloud_run_alone"]
-        points = tiny.info["points_per_cloud"][cloud]
-        inputs = {name: array[cloud : cloud + 1] for name, array in tiny.inputs().items()}
-        alone = {name: array[:, :points] for name, array in inputs.items() if name != "cells"}
-        alone["cells"] = inputs["cells"][:, :, :points]
-        for norm in tiny.norms:
-            out = points_last(call(tiny.model(norm), alone))
-            tolerance = NOISE_FACTOR * tiny.noise(norm, "eval")
-            close(out, tiny.arrays[f"{norm}/eval/out_cloud{cloud}_alone"], tolerance)
-
-    def test_capacity_beyond_the_largest_cloud_leaves_no_trace(self, tiny):
-        inputs = tiny.inputs()
-        points = inputs["point_mask"].shape[1]
-        for norm in tiny.norms:
-            model = tiny.model(norm, head="probe")
-            wide = tiny.model(norm, head="probe")
-            expected = call(model, inputs, training=True)
-            out = call(wide, with_capacity(inputs, points + 37), training=True)[:, :points]
-            tolerance = NOISE_FACTOR * tiny.noise(norm, "train")
-            close(np.asarray(out), np.asarray(expected), tolerance)
-            ours, theirs = waffleiron_to_state_dict(wide), waffleiron_to_state_dict(model)
-            for key, value in theirs.items():
-                np.testing.assert_allclose(ours[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
-
-    def test_projections(self, tiny):
-        cells, mask = tiny.inputs()["cells"], tiny.inputs()["point_mask"]
-        tokens = jnp.asarray(points_last(tiny.arrays["layernorm/eval/embed"]))
-        shapes = tiny.config("layernorm").grid_shapes
-        for i, shape in enumerate(shapes):
-            weights = cell_weights(cells[:, i], mask, shape[0] * shape[1])
-            np.testing.assert_allclose(weights, tiny.arrays[f"projection/weight_grid{i}"][:, 0], rtol=1e-6)
-            grid = flatten(tokens, cells[:, i], weights, shape)
-            expected = tiny.arrays[f"projection/grid{i}_of_layernorm_eval_embed"]
-            close(points_last(grid.reshape(grid.shape[0], -1, grid.shape[-1])), expected, 1e-6)
-
-    def test_probe_head(self, tiny, golden_file):
-        probing = np.load(golden_file("scalr/losses_metrics.npz"))
-        settings = json.loads(golden_file("scalr/schedules_protocol.json").read_text())["linear_probe_steps"]
-        model = tiny.model(settings["norm"], head="probe", output_channels=settings["num_classes"])
-        prefix = f"linear_probe_steps/head_after_{settings['steps']}_steps/"
-        trained = {f"classif.{k.removeprefix(prefix)}": probing[k] for k in probing.files if k.startswith(prefix)}
-        assert set(trained) == {key for key in official_shapes(model) if key.startswith("classif.")}
-        state_dict_to_waffleiron(waffleiron_to_state_dict(model) | trained, model)
-        expected = probing[f"linear_probe_steps/eval_logits_after_{settings['steps']}_steps"]
-        logits = points_last(call(model, tiny.inputs(), train_backbone=False))
-        close(logits, expected, NOISE_FACTOR * tiny.noise(settings["norm"], "eval"))
-
-
-def unit(x):
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def distillation_loss(predicted, targets):
-    """Mean over pairs of the distance of unit vectors; its gradient is zero where they are equal."""
-    squared = jnp.sum(jnp.square(unit(predicted) - unit(targets)), axis=-1)
-    apart = squared > 0.0
-    return jnp.mean(jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0))
-
-
-def warmup_cosine(settings):
-    """Linear from zero, then half a cosine down to `min_lr`; the step counts the updates made before."""
-    base, smallest, warmup = settings["base_lr"], settings["min_lr"], settings["warmup_steps"]
-    falling = optax.cosine_decay_schedule(base, settings["max_steps"] - warmup, alpha=smallest / base)
-    return optax.join_schedules([optax.linear_schedule(0.0, base, warmup), falling], [warmup])
-
-
-@pytest.fixture(scope="module")
-def runs(tiny):
-    """By norm: losses, first gradients, and the network after the last step, all by official names."""
-    settings = tiny.info["distill"]
-    clouds = range(tiny.info["number_of_clouds"])
-    points = [tiny.arrays[f"in/pairing_points_{b}"] for b in clouds]
-    pixels = [tiny.arrays[f"in/pairing_images_{b}"] for b in clouds]
-    teacher = tiny.arrays["in/teacher_feat"]
-    targets = jnp.asarray(np.concatenate([teacher[b][:, p[:, 1], p[:, 2]].T for b, p in enumerate(pixels)]))
+def test_capacity_beyond_the_largest_cloud_leaves_no_trace(tiny):
     inputs = tiny.inputs()
-    optimizer = optax.adamw(
-        warmup_cosine(settings),
-        *settings["betas"],
-        eps=settings["eps"],
-        weight_decay=settings["weight_decay"],
-    )
-
-    def run(norm):
-        graph, parameters, statistics = split_model(tiny.model(norm))
-
-        def loss(parameters, statistics):
-            model = merge_model(graph, parameters, statistics)
-            out = model(**inputs, training=True)
-            predicted = jnp.concatenate([out[b, points[b]] for b in clouds])
-            return distillation_loss(predicted, targets), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-
-        @jax.jit
-        def step(parameters, statistics, state):
-            (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, statistics)
-            updates, state = optimizer.update(gradients, state, parameters)
-            return value, gradients, optax.apply_updates(parameters, updates), statistics, state
-
-        state, losses, first = optimizer.init(parameters), [], None
-        for _ in range(settings["steps"]):
-            value, gradients, parameters, statistics, state = step(parameters, statistics, state)
-            losses.append(float(value))
-            first = gradients if first is None else first
-        first = waffleiron_to_state_dict(merge_model(graph, first, statistics))
-        return losses, first, waffleiron_to_state_dict(merge_model(graph, parameters, statistics))
-
-    return {norm: run(norm) for norm in tiny.norms if f"{norm}/distill/loss_per_step" in tiny.arrays}
-
-
-@pytest.mark.golden
-class TestDistillation:
-    """Four official updates, gradients included."""
-
-    @staticmethod
-    def official(tiny, prefix):
-        return {name.removeprefix(prefix): value for name, value in tiny.arrays.items() if name.startswith(prefix)}
-
-    def test_rates(self, tiny):
-        settings = tiny.info["distill"]
-        rates = [float(warmup_cosine(settings)(step)) for step in range(settings["steps"])]
-        for norm in tiny.norms:
-            np.testing.assert_allclose(rates, tiny.arrays[f"{norm}/distill/lr_per_step"], rtol=1e-5)
-
-    def test_losses(self, tiny, runs):
-        assert runs
-        for norm, (losses, _, _) in runs.items():
-            np.testing.assert_allclose(losses, tiny.arrays[f"{norm}/distill/loss_per_step_float64"], rtol=1e-6)
-
-    def test_gradients(self, tiny, runs):
-        for norm, (_, gradients, _) in runs.items():
-            official = self.official(tiny, f"{norm}/distill/grad/")
-            exact = self.official(tiny, f"{norm}/distill/grad_float64/")
-            assert official.keys() == exact.keys() == set(tiny.info["distill"]["named_parameters"])
-            noise = max(np.abs(official[key] - exact[key]).max() / np.abs(exact[key]).max() for key in exact)
-            for key, value in exact.items():
-                close(gradients[key], value, NOISE_FACTOR * noise)
-            trained = [value for key, value in gradients.items() if "running" not in key and "num_batches" not in key]
-            norm_of_all = np.sqrt(sum(np.sum(np.square(value, dtype=np.float64)) for value in trained))
-            np.testing.assert_allclose(norm_of_all, tiny.arrays[f"{norm}/distill/grad_global_norm"], rtol=1e-5)
-
-    def test_parameters_and_statistics_after_the_last_step(self, tiny, runs):
-        for norm, (_, _, state) in runs.items():
-            steps = tiny.info["distill"]["steps"]
-            rates = tiny.arrays[f"{norm}/distill/lr_per_step"]
-            parameters = self.official(tiny, f"{norm}/distill/param_after_{steps}_steps/")
-            assert parameters
-            for key, value in parameters.items():
-                # Adam divides by the gradient's size: noise of small gradients counts as much as of large ones.
-                np.testing.assert_allclose(state[key], value, rtol=0, atol=2e-3 * rates.sum(), err_msg=key)
-            statistics = self.official(tiny, f"{norm}/distill/stats_after_{steps}_steps/")
-            assert statistics
-            # The shift before this BatchNorm has no gradient but noise, of which Adam makes whole updates of any sign:
-            # by so much may the mean that it takes away differ.
-            row = np.abs(state["embed.conv2.1.weight"]).sum(axis=1).max()
-            noise = {"embed.conv2.2.running_mean": MOMENTUM * 2 * np.cumsum(rates).sum() * row}
-            for key, value in statistics.items():
-                np.testing.assert_allclose(state[key], value, rtol=1e-4, atol=noise.get(key, 1e-5), err_msg=key)
+    points = inputs["point_mask"].shape[1]
+    for norm in tiny.norms:
+        model = tiny.model(norm, head="probe")
+        wide = tiny.model(norm, head="probe")
+        expected = call(model, inputs, training=True)
+        out = call(wide, with_capacity(inputs, points + 37), training=True)[:, :points]
+        tolerance = NOISE_FACTOR * tiny.noise(norm, "train")
+        close(np.asarray(out), np.asarray(expected), tolerance)
+        ours, theirs = waffleiron_to_state_dict(wide), waffleiron_to_state_dict(model)
+        for key, value in theirs.items():
+            np.testing.assert_allclose(ours[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
 @pytest.mark.golden
@@ -304,7 +105,6 @@ def test_full_network_on_a_real_cloud(golden_file):
     golden = np.load(golden_file("scalr/full_model_forward.npz"))
     clouds = np.load(golden_file("scalr/preprocess.npz"))
     grids = json.loads(golden_file("scalr/preprocess_info.json").read_text())["settings"]
-    reference_weight = TinyGolden(golden_file).reference_weight
     cloud = {name: clouds[f"nuscenes/pretrain/CAM_FRONT/{name}"] for name in ("feat", "neighbors_emb", "cell_ind")}
     config = WaffleIronConfig(
         input_channels=cloud["feat"].shape[1],
@@ -313,7 +113,7 @@ def test_full_network_on_a_real_cloud(golden_file):
         grid_shapes=grids["grids_shape"],
         projection_axes=grids["dim_proj"],
     )
-    model = filled(nnx.eval_shape(lambda: WaffleIron(config, rngs=nnx.Rngs(0))), reference_weight)
+    model = TinyWaffleIron(golden_file).filled(nnx.eval_shape(lambda: WaffleIron(config, rngs=nnx.Rngs(0))))
     inputs = {
         "point_features": jnp.asarray(points_last(cloud["feat"])),
         "neighbors": jnp.asarray(points_last(cloud["neighbors_emb"]).astype(np.int32)),
