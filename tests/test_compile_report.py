@@ -138,6 +138,7 @@ def test_small_programs_compile_for_a_tpu_and_large_ones_are_refused(small_confi
 def test_lidar_clouds_stay_on_their_chips(small_lidar_config):
     pytest.importorskip("libtpu", reason="needs the extra: pip install 'pop3d-jax[tpu]'")
     small_lidar_config.batch_size = 4
+    small_lidar_config.points.capacity = small_lidar_config.points.max_points  # as many points in both programs
     training, inference = programs = compile_report.compile_programs(small_lidar_config, "v5e:2x2")
     assert compile_report.fits(programs, "v5e:2x2")
     assert set(training.collectives) == {"all-reduce"}
