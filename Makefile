@@ -56,17 +56,17 @@ demo-scalr: install
 	for split in train val; do \
 		$(RUN) -m data_prep.build --source $(SCALR)/nuscenes --version v1.0-trainval --split $$split \
 			--out $(SCALR)/records/nuscenes || exit 1; \
+		$(RUN) -m data_prep.build --dataset semantic_kitti --source $(SCALR)/semantic_kitti --split $$split \
+			--out $(SCALR)/records/semantic_kitti || exit 1; \
 	done
-	$(RUN) -m data_prep.build --dataset semantic_kitti --source $(SCALR)/semantic_kitti --split train \
-		--out $(SCALR)/records/semantic_kitti
 	for lidar in pandar64 pandar_gt; do \
 		$(RUN) -m data_prep.build --dataset $$lidar --source $(SCALR)/pandaset --split train \
 			--out $(SCALR)/records/$$lidar || exit 1; \
 	done
 	$(RUN) -m benchmarks.scalr_study --records $(SCALR)/records --teacher $(SCALR)/tiny_clip --out $(SCALR)/study
-	$(RUN) -m pop3d_jax.query --lidar --workdir $(SCALR)/study/mixture-0 --sample 2 --point 10,5,-1 \
+	$(RUN) -m pop3d_jax.query --lidar --workdir $(SCALR)/study/one-0 --sample 2 --point 10,5,-1 \
 		--out $(SCALR)/like_this_point.png
-	$(RUN) -m pop3d_jax.query --lidar --workdir $(SCALR)/study/mixture-0 --sample 2 --text "a tree" \
+	$(RUN) -m pop3d_jax.query --lidar --workdir $(SCALR)/study/one-0 --sample 2 --text "a tree" \
 		--out $(SCALR)/tree.png
 	@echo
 	@echo "numbers:  $(SCALR)/study/scalr_study.json"

@@ -2,10 +2,11 @@
 
     python -m benchmarks.scalr_study --records demo_scalr/records --teacher demo_scalr/tiny_clip --out demo_scalr/study
 
-For each of --seeds seeds the backbone of configs/demo_scalr.py is distilled from the data set --probe_on alone and from
-all data sets, for the same number of steps. Then the labels of --probe_on come in, for the same number of steps each:
-linear probing on the features of both and on those of a random backbone, and a training of the whole network. The score
-is mIoU over all points of the held-out sweeps; its mean and standard deviation over the seeds.
+For each of --seeds seeds the backbone of configs/demo_scalr.py is distilled from nuScenes' sensors alone and from those
+of all data sets, for the same number of steps. Then labels come in, for the same number of steps each: linear probing
+on the features of both and on those of a random backbone, with the labels of nuScenes' layout and with those of
+SemanticKITTI's, whose sensor one of the two backbones has never seen; and a training of the whole network. The score is
+mIoU over all points of the held-out sweeps; its mean and standard deviation over the seeds.
 
 A run that is finished is not repeated: the command goes on where it was stopped.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from benchmarks.report import Table
 from configs import demo_scalr, scalr_probe
@@ -28,13 +29,19 @@ from pop3d_jax.commands import run, stop_with_message
 from pop3d_jax.data.records import RecordError
 from pop3d_jax.train import train
 
-# Row of the table: what its backbone is distilled from (""; nothing), and whether it trains with the labels.
+_DISTILLED_ON = "nuscenes"
+# Row of the table: whose labels, what the backbone is distilled from ("": nothing), and what trains with the labels.
 _ROWS = {
-    "probe on a random backbone": ("", False),
-    "probe on one data set's": ("one", False),
-    "probe on the mixture's": ("mixture", False),
-    "all trained with labels": ("", True),
+    "nuScenes: probe on a random backbone": ("nuscenes", "", "head"),
+    "nuScenes: probe on nuScenes' backbone": ("nuscenes", "one", "head"),
+    "nuScenes: probe on the mixture's": ("nuscenes", "mixture", "head"),
+    "nuScenes: all trained with labels": ("nuscenes", "", "all"),
+    "SemanticKITTI: probe on a random backbone": ("semantic_kitti", "", "head"),
+    "SemanticKITTI: probe on nuScenes' backbone": ("semantic_kitti", "one", "head"),
+    "SemanticKITTI: probe on the mixture's": ("semantic_kitti", "mixture", "head"),
 }
+# Evaluation sees whole sweeps: rows of the arrays of thinned points and of all points.
+_CAPACITIES = {"nuscenes": (16_384, 65_536), "semantic_kitti": (49_152, 163_840)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,53 +51,52 @@ class Piece:
     Attributes:
       records, teacher: folders.
       out: of all runs.
-      probe_on: data set whose labels are used.
       seed: of the run.
       steps: of its training.
       source: what its backbone is distilled from: "", "one" or "mixture".
-      trains: what trains: "" for the distillation itself, else "head" or "all", with labels.
+      labels: data set whose labels are used; "" for the distillation itself.
+      trains: what trains with labels, "head" or "all".
       cached_programs: folder of compiled programs, shared by the processes.
     """
 
     records: str
     teacher: str
     out: str
-    probe_on: str
     seed: int
     steps: int
     source: str
+    labels: str = ""
     trains: str = ""
     cached_programs: str = ""
 
     @property
     def workdir(self) -> Path:
         """Folder of this run."""
-        return Path(self.out) / "-".join(filter(None, (self.trains, self.source or "random", str(self.seed))))
+        names = (self.labels, self.trains, self.source or "random", str(self.seed))
+        return Path(self.out) / "-".join(filter(None, names))
 
     def config(self) -> ml_collections.ConfigDict:
         """The experiment of this run."""
-        config = (
-            self._labels()
-            if self.trains
-            else demo_scalr.get_config("768" if self.source == "mixture" else self.probe_on)
-        )
-        if not self.trains:
+        if self.labels:
+            config = self._with_labels()
+        else:
+            config = demo_scalr.get_config("768" if self.source == "mixture" else _DISTILLED_ON)
             config.teacher.path = self.teacher
         config.seed = self.seed
         config.data.records = self.records
         config.total_steps = config.checkpoint_every = self.steps
         return config
 
-    def _labels(self) -> ml_collections.ConfigDict:
-        small, config = demo_scalr.get_config(self.probe_on), scalr_probe.get_config(self.probe_on)
+    def _with_labels(self) -> ml_collections.ConfigDict:
+        small, config = demo_scalr.get_config(self.labels), scalr_probe.get_config(self.labels)
         classes = config.model.output_channels
         config.points, config.model, config.data = small.points, small.model, small.data
-        config.points.capacity, config.points.raw_capacity = 16_384, 65_536  # evaluation sees whole sweeps
+        config.points.capacity, config.points.raw_capacity = _CAPACITIES[self.labels]
         config.model.head, config.model.output_channels = "probe", classes
         config.batch_size, config.eval_every = small.batch_size, self.steps
         config.train_backbone = self.trains == "all"
         if self.source:
-            config.initial_weights = str(dataclasses.replace(self, trains="").workdir)
+            config.initial_weights = str(dataclasses.replace(self, labels="", trains="").workdir)
         # In so few steps the published rate of probing would move the head too little.
         config.optim.learning_rate = 2e-3 if config.train_backbone else 1e-2
         config.optim.warmup_epochs, config.optim.warmup_steps = 0.0, self.steps // 10
@@ -100,6 +106,7 @@ class Piece:
 
 def finish(piece: Piece) -> float:
     """Trains, unless it is done; returns the mIoU on the held-out sweeps in percent, NaN for a distillation."""
+    logging.set_verbosity(logging.ERROR)  # several runs at a time: their lines would mix
     if piece.cached_programs:
         jax.config.update("jax_compilation_cache_dir", piece.cached_programs)
     train(piece.config(), piece.workdir)
@@ -111,7 +118,6 @@ def _define_flags() -> None:
     flags.DEFINE_string("records", "demo_scalr/records", "Folder with the records of each data set.")
     flags.DEFINE_string("teacher", "demo_scalr/tiny_clip", "CLIP folder.")
     flags.DEFINE_string("out", "demo_scalr/study", "Folder of the runs.")
-    flags.DEFINE_string("probe_on", "nuscenes", "Data set of the labels, and of the distillation from one.")
     flags.DEFINE_integer("seeds", 3, "How many.", lower_bound=1)
     flags.DEFINE_integer("steps", 300, "Of each distillation.", lower_bound=1)
     flags.DEFINE_integer("label_steps", 200, "Of each training with labels.", lower_bound=10)
@@ -122,7 +128,7 @@ def _define_flags() -> None:
 def main(_: list[str]) -> None:
     values, start = flags.FLAGS, time.monotonic()
     cache = jax.config.jax_compilation_cache_dir or ""
-    common = (values.records, values.teacher, values.out, values.probe_on)
+    common = (values.records, values.teacher, values.out)
     with stop_with_message(RecordError, ValueError, FileNotFoundError, parallel.WorkerError):
         distillations = [
             Piece(*common, seed, values.steps, source, cached_programs=cache)
@@ -131,16 +137,18 @@ def main(_: list[str]) -> None:
         ]
         parallel.run(finish, distillations, values.workers, "distilling")
         judged = [
-            Piece(*common, seed, values.label_steps, source, "all" if all_trains else "head", cache)
-            for source, all_trains in _ROWS.values()
+            Piece(*common, seed, values.label_steps, source, labels, trains, cache)
+            for labels, source, trains in _ROWS.values()
             for seed in range(values.seeds)
         ]
         found = parallel.run(finish, judged, values.workers, "training with labels")
     scores = dict(zip(_ROWS, np.reshape(found, (len(_ROWS), values.seeds)), strict=True))
-    random = scores["probe on a random backbone"].mean()
     minutes = (time.monotonic() - start) / 60
-    table = Table("scalr_study", ["backbone", "mIoU", "spread", "times random", "each seed"], minutes=minutes)
+    table = Table(
+        "scalr_study", ["labels: what is trained", "mIoU", "spread", "times random", "each seed"], minutes=minutes
+    )
     for name, row in scores.items():
+        random = scores[f"{name.partition(':')[0]}: probe on a random backbone"].mean()
         each = ", ".join(f"{value:.2f}" for value in row)
         table.add(name, f"{row.mean():.2f}", f"{row.std():.2f}", f"{row.mean() / random:.2f}", each)
     table.write(values.json or values.out)
