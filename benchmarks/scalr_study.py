@@ -41,7 +41,7 @@ _ROWS = {
     "SemanticKITTI: probe on the mixture's": ("semantic_kitti", "mixture", "head"),
 }
 # Evaluation sees whole sweeps: rows of the arrays of thinned points and of all points.
-_CAPACITIES = {"nuscenes": (16_384, 65_536), "semantic_kitti": (49_152, 163_840)}
+_CAPACITIES = {"nuscenes": (16_384, 65_536), "semantic_kitti": (32_768, 163_840)}
 
 
 @dataclasses.dataclass(frozen=True)
