@@ -64,9 +64,9 @@ demo-scalr: install
 			--out $(SCALR)/records/$$lidar || exit 1; \
 	done
 	$(RUN) -m benchmarks.scalr_study --records $(SCALR)/records --teacher $(SCALR)/tiny_clip --out $(SCALR)/study
-	$(RUN) -m pop3d_jax.query --lidar --workdir $(SCALR)/study/mixture-0 --dataset nuscenes --sample 2 --point 10,5,-1 \
+	$(RUN) -m pop3d_jax.query --lidar --workdir $(SCALR)/study/mixture-0 --sample 2 --point 10,5,-1 \
 		--out $(SCALR)/like_this_point.png
-	$(RUN) -m pop3d_jax.query --lidar --workdir $(SCALR)/study/mixture-0 --dataset nuscenes --sample 2 --text "a tree" \
+	$(RUN) -m pop3d_jax.query --lidar --workdir $(SCALR)/study/mixture-0 --sample 2 --text "a tree" \
 		--out $(SCALR)/tree.png
 	@echo
 	@echo "numbers:  $(SCALR)/study/scalr_study.json"
