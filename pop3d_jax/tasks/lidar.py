@@ -66,6 +66,8 @@ def segmentation_task(config: ml_collections.ConfigDict, workdir: epath.Path, me
     config = _with_lengths_in_steps(config, sum(map(len, sources)) // config.batch_size)
     total_steps = number_of_steps(config, sum(map(len, sources)))
     program = segmentation_program(config, total_steps, mesh)
+    if not config.train_backbone and not config.initial_weights:
+        logging.warning("a random backbone is probed: name a distilled one with --config.initial_weights")
     # Missing records and batches that do not divide are told now, not at the first evaluation.
     names = config.datasets if config.eval_every else ()
     evaluators = [SegmentationEvaluator(program.student, config, mesh, name) for name in names]
