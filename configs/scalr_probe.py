@@ -16,10 +16,13 @@ from pop3d_jax.lidar_datasets import LIDAR_DATASETS
 
 def get_config(dataset: str = "nuscenes") -> ml_collections.ConfigDict:
     """Probing on one data set."""
+    if dataset not in LIDAR_DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}: choose one of {tuple(LIDAR_DATASETS)}")
     config = scalr.get_config(dataset)
     config.task = "segmentation"
     config.train_backbone = False
     config.label_fraction = 1.0  # share of the key frames whose labels are used
+    config.label_rule = "hash"  # how they are chosen: pop3d_jax.data.label_subsets
     config.label_tokens = ""  # or a file of sample tokens, one a line
     pandaset = dataset.startswith("pandar")
     config.epochs = 50.0 if pandaset else 20.0

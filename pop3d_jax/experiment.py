@@ -106,7 +106,17 @@ def frozen_by(
 
 
 def make_student(config: ml_collections.ConfigDict) -> Student:
-    """Structure of the student; costs no memory."""
+    """Structure of the student; costs no memory.
+
+    Raises:
+      ValueError: the experiment is one of a lidar network, or see `model_config`.
+    """
+    task = config.get("task", "occupancy")
+    if task != "occupancy":
+        raise ValueError(
+            f"config.task is {task!r}, a lidar network, and this command is for POP-3D's: ask a distillation with "
+            "query --lidar or evaluate --lidar --retrieval, judge a segmentation with evaluate_segmentation"
+        )
     sizes = model_config(config)
     abstract = nnx.eval_shape(lambda: Pop3D(sizes, rngs=nnx.Rngs(0)))
     graph, parameters, statistics = split_model(abstract)

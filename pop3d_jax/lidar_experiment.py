@@ -106,7 +106,8 @@ def record_source(config: ml_collections.ConfigDict, name: str, split: str) -> R
 def lidar_sources(config: ml_collections.ConfigDict) -> list[LidarSource]:
     """The training data: every data set of the mixture with its weight.
 
-    `config.label_fraction` below 1 leaves that share of the key frames, `config.label_tokens` those named in a file.
+    `config.label_fraction` below 1 leaves that share of the key frames, chosen by `config.label_rule`;
+    `config.label_tokens` those named in a file.
 
     Raises:
       RecordError, ValueError: records are missing; no data set; both a share and a file.
@@ -123,7 +124,10 @@ def lidar_sources(config: ml_collections.ConfigDict) -> list[LidarSource]:
         chosen = None
         if tokens or fraction != 1.0:
             names = records.sample_tokens
-            chosen = listed_records(names, tokens) if tokens else label_subset(names, fraction, seed=config.seed)
+            rule = config.get("label_rule", "hash")
+            chosen = (
+                listed_records(names, tokens) if tokens else label_subset(names, fraction, rule=rule, seed=config.seed)
+            )
             logging.info("%s: labels of %d of %d key frames", name, len(chosen), len(records))
         sources.append(LidarSource(records, dataset, weight, chosen))
     return sources
@@ -156,7 +160,8 @@ def _with_run(
 ) -> tuple[ArrayTree, ArrayTree]:
     """The backbone of another run; the head stays as it is."""
     theirs = make_lidar_student(read_config(workdir))
-    same = ("input_channels", "channels", "depth", "grid_shapes", "projection_axes", "norm", "activation")
+    # Not grid_shapes: no array depends on them, and PandaSet is probed on larger grids of the same cells, as official.
+    same = ("input_channels", "channels", "depth", "projection_axes", "norm", "activation")
     differing = [
         f"model.{name}: {getattr(theirs.config, name)}, here {getattr(student.config, name)}"
         for name in same

@@ -117,11 +117,7 @@ def lidar_query(
         raise ValueError("give --text to ask for a phrase, or --point to ask what is like a point: exactly one of them")
     predictor = LidarPredictor(workdir, step)
     config = predictor.config
-    if config.task != "distillation":
-        raise ValueError(
-            f"{workdir} holds a run of task {config.task!r}, which predicts classes: name the distillation that it "
-            "started from"
-        )
+    check_distilled(config, workdir)
     clip = None if text is None else load_text_side(config.teacher)
     facts, source = query_source(config, dataset, split, records)
     key_frame = source[find_sample(source, sample)]
@@ -158,6 +154,15 @@ def lidar_query(
         x, y, z = points[index]
         lines.append(f"{similarity[index]:>10.3f}  {x:>8.1f}  {y:>8.1f}  {z:>8.1f}")
     return "\n".join(lines)
+
+
+def check_distilled(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
+    """Raises ValueError where a run's network predicts classes, not a teacher's features."""
+    if config.task != "distillation":
+        raise ValueError(
+            f"{workdir} holds a run of task {config.task!r}, which predicts classes: name the distillation that it "
+            "started from"
+        )
 
 
 def query_source(

@@ -4,7 +4,7 @@ import numpy as np
 from etils import epath
 
 from pop3d_jax.lidar_inference import LidarPredictor
-from pop3d_jax.lidar_query import query_source
+from pop3d_jax.lidar_query import check_distilled, query_source
 from pop3d_jax.progress import progress
 from pop3d_jax.retrieval import Retrieval, embed_queries, read_queries
 from pop3d_jax.teacher import load_text_side
@@ -33,6 +33,7 @@ def score_phrases(
       RetrievalError, RecordError, WorkdirError, CheckpointError, ValueError: see `Retrieval` and `lidar_query`.
     """
     predictor = LidarPredictor(workdir, step)
+    check_distilled(predictor.config, workdir)
     clip = load_text_side(predictor.config.teacher)
     facts, source = query_source(predictor.config, dataset, split, records)
     queries = read_queries(retrieval_dir, split or predictor.config.data.eval_split)

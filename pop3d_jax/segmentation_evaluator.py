@@ -62,8 +62,13 @@ class SegmentationEvaluator:
           split: of its records; `config.data.eval_split` by default.
 
         Raises:
-          RecordError, ValueError: no such records, or no such data set.
+          RecordError, ValueError: no such records, no such data set, or a batch that does not divide over the mesh.
         """
+        if config.eval_batch_size % mesh.shape["data"]:
+            raise ValueError(
+                f"config.eval_batch_size = {config.eval_batch_size} (--batch_size) does not divide over the "
+                f"{mesh.shape['data']} devices of the mesh's data axis: give a multiple of that number"
+            )
         self.name = name
         self.dataset = dataset_named(name)
         self.key_frames = record_source(config, name, split or config.data.eval_split)

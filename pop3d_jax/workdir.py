@@ -66,6 +66,7 @@ _FREE_FIELDS = (
     "eval_batch_size",
     "mesh",
     "data.workers",
+    "points.raw_capacity",
     "export",
 )
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import scalr_probe
+from configs import scalr_plus, scalr_probe
 from pop3d_jax import compile_report
 from pop3d_jax.abstract_programs import AbstractProgram
 from pop3d_jax.compile_report import Compiled
@@ -55,6 +55,13 @@ def test_every_task_has_its_programs(small_lidar_config):
         assert term in metrics
         assert found.shape == (2, points, outputs)
     assert "256 points, 1 blocks of 8 channels" in compile_report.format_report([], "v5e:2x2", probe)
+
+
+def test_phases_in_epochs_need_no_records():
+    config = scalr_plus.get_config()
+    config.update_from_flattened_dict({"model.channels": 8, "model.depth": 1, "points.capacity": 512})
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    assert abstract_training(config, mesh, 10_000).name == "training step"
 
 
 def test_an_abstract_teacher_has_the_shapes_of_the_loaded_one(small_config):

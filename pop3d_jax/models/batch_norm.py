@@ -95,7 +95,8 @@ class BatchNorm(nnx.Module):
             counted = jnp.ones((), bool)
         # A bool for each row, at whatever axes `counted` has.
         counted = jnp.broadcast_to(counted.reshape(counted.shape + (1,) * (x.ndim - counted.ndim)), (*x.shape[:-1], 1))
-        count = jnp.sum(counted, dtype=jnp.float32)
+        # None counted: zeros, not NaN, which would stay in the running statistics for good.
+        count = jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1.0)
         mean = jnp.sum(jnp.where(counted, x, 0.0), axes) / count
         squares = jnp.sum(jnp.where(counted, jnp.square(x - mean), 0.0), axes)
         # Running statistics are no way for gradients.

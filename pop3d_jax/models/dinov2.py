@@ -203,7 +203,8 @@ class DINOv2Teacher(nnx.Module):
             fitting = tuple(max(side // patch, 1) * patch for side in image_hw)
             raise ValueError(
                 f"the DINOv2 teacher reads patches of {patch} x {patch} pixels, into which pictures of {image_hw[0]} x "
-                f"{image_hw[1]} do not divide: set --config.data.teacher_image_hw={fitting}"
+                f"{image_hw[1]} do not divide: set --config.data.teacher_image_hw={fitting} (of a lidar network: "
+                "--config.points.image_hw)"
             )
         return sample_upsampled(self.dense_features(normalise(images)), image_hw, picture, pixel)
 

@@ -47,7 +47,7 @@ def distillation_task(config: ml_collections.ConfigDict, workdir: epath.Path, me
     """
     del workdir
     sources = _sources(config)
-    config = _with_lengths_in_steps(config, sources)
+    config = _with_lengths_in_steps(config, sum(map(len, sources)) // config.batch_size)
     total_steps = number_of_steps(config, sum(map(len, sources)))
     teacher = load_teacher(config.teacher)
     program = distillation_program(config, teacher, total_steps, mesh)
@@ -63,14 +63,16 @@ def segmentation_task(config: ml_collections.ConfigDict, workdir: epath.Path, me
     """
     del workdir
     sources = _sources(config)
-    config = _with_lengths_in_steps(config, sources)
+    config = _with_lengths_in_steps(config, sum(map(len, sources)) // config.batch_size)
     total_steps = number_of_steps(config, sum(map(len, sources)))
     program = segmentation_program(config, total_steps, mesh)
-    evaluators: list[SegmentationEvaluator] = []
+    if not config.train_backbone and not config.initial_weights:
+        logging.warning("a random backbone is probed: name a distilled one with --config.initial_weights")
+    # Missing records and batches that do not divide are told now, not at the first evaluation.
+    names = config.datasets if config.eval_every else ()
+    evaluators = [SegmentationEvaluator(program.student, config, mesh, name) for name in names]
 
     def evaluate(state: State) -> dict[str, float]:
-        if not evaluators:
-            evaluators.extend(SegmentationEvaluator(program.student, config, mesh, name) for name in config.datasets)
         scores = {}
         for evaluator in evaluators:
             result = evaluator.run(state["parameters"], state["statistics"]).scores
@@ -96,6 +98,7 @@ def abstract_distillation(config: ml_collections.ConfigDict, mesh: Mesh, steps: 
     Raises:
       FileNotFoundError, ValueError: see `abstract_teacher` and `distillation_program`.
     """
+    config = _with_lengths_in_steps(config, round(steps / config.epochs))
     teacher = abstract_teacher(config.teacher)
     program = distillation_program(config, teacher, steps, mesh)
     batch = _abstract_batch(config, mesh, make_distillation_example, training=True)
@@ -109,6 +112,7 @@ def abstract_segmentation(config: ml_collections.ConfigDict, mesh: Mesh, steps: 
     Raises:
       ValueError: see `segmentation_program`.
     """
+    config = _with_lengths_in_steps(config, round(steps / config.epochs))
     program = segmentation_program(config, steps, mesh)
     batch = _abstract_batch(config, mesh, make_segmentation_example, training=True)
     return AbstractProgram("training step", program.step, (abstract_state(program), batch, {}))
@@ -153,10 +157,10 @@ def _sources(config: ml_collections.ConfigDict) -> list[LidarSource]:
     return sources
 
 
-def _with_lengths_in_steps(config: ml_collections.ConfigDict, sources: list[LidarSource]) -> ml_collections.ConfigDict:
+def _with_lengths_in_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ml_collections.ConfigDict:
     """The configuration with lengths of the schedule that it has in epochs as steps."""
     config = config.copy_and_resolve_references()
-    steps_per_epoch = max(sum(map(len, sources)) // config.batch_size, 1)
+    steps_per_epoch = max(steps_per_epoch, 1)
     with config.optim.unlocked():
         for phase in ("warmup", "cooldown"):
             if config.optim.get(f"{phase}_epochs", 0.0):

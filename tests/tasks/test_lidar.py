@@ -16,7 +16,7 @@ import pytest
 from configs import scalr_finetune, scalr_probe
 from pop3d_jax.checkpoint import Checkpoints
 from pop3d_jax.data.records import RecordError
-from pop3d_jax.lidar_experiment import make_lidar_student
+from pop3d_jax.lidar_experiment import build_lidar_student, make_lidar_student
 from pop3d_jax.sharding import make_mesh, replicated
 from pop3d_jax.tasks import abstract_training, load_task
 from pop3d_jax.train import train
@@ -151,6 +151,13 @@ def test_initial_weights_of_another_backbone_are_refused(small_lidar_run, probe_
     refused(probe_config, r"config\.initial_weights=.* is of another backbone: model\.channels: 16, here 8")
 
 
+def test_initial_weights_go_into_grids_of_any_size(small_lidar_run, probe_config):
+    probe_config.initial_weights = str(small_lidar_run)
+    parameters, _ = build_lidar_student(probe_config)
+    probe_config.model.grid_shapes = tuple((2 * rows, columns) for rows, columns in probe_config.model.grid_shapes)
+    jax.tree.map(np.testing.assert_array_equal, build_lidar_student(probe_config)[0], parameters)
+
+
 def test_data_sets_that_nobody_knows_are_refused(small_lidar_config):
     small_lidar_config.datasets = ml_collections.ConfigDict({"mars": 1.0})
     refused(small_lidar_config, r"config\.datasets has 'mars'; known data sets: .*nuscenes")
@@ -179,6 +186,11 @@ def test_records_of_another_data_set_are_refused(tmp_path, small_records, small_
     small_lidar_config.data.records = str(tmp_path)
     small_lidar_config.datasets = ml_collections.ConfigDict({"pandar64": 1.0})
     refused(small_lidar_config, r"pandar64 holds records of nuscenes: .*--dataset pandar64", RecordError)
+
+
+def test_what_evaluation_needs_is_told_before_the_first_step(probe_config):
+    probe_config.data.eval_split = "test"
+    refused(probe_config, "no finished split 'test'", RecordError)
 
 
 def test_a_share_and_a_list_of_labels_are_refused(tmp_path, probe_config):
