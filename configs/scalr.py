@@ -82,7 +82,6 @@ def get_config(option: str = "768") -> ml_collections.ConfigDict:
     config.optim.name = "adamw"
     config.optim.schedule = "warmup_cosine"
     config.optim.learning_rate = 2e-3
-    config.optim.backbone_multiplier = 1.0
     config.optim.weight_decay = 0.03  # of everything, norms and biases too, as official
     config.optim.betas = (0.9, 0.999)
     config.optim.epsilon = 1e-8

@@ -21,6 +21,7 @@ def get_config(option: str = "768") -> ml_collections.ConfigDict:
     config.model.head = "mlp"
     config.model.head_hidden = 2048
     config.optim.schedule = "warmup_cooldown"
+    config.optim.warmup_steps = 0  # in epochs:
     config.optim.warmup_epochs = 1.0
     config.optim.cooldown_epochs = 2.0
     config.optim.timescale_epochs = 0.45

@@ -37,7 +37,8 @@ def get_config(dataset: str = "nuscenes") -> ml_collections.ConfigDict:
     config.loss = ml_collections.ConfigDict({"lovasz": 1.0})
     config.optim.learning_rate = 1e-3
     config.optim.weight_decay = 0.003
-    config.optim.warmup_epochs = 2.0  # takes the place of warmup_steps
+    config.optim.warmup_steps = 0  # in epochs:
+    config.optim.warmup_epochs = 2.0
     config.eval_every = 3516
     del config.teacher
     return config

@@ -55,7 +55,8 @@ class Predictor:
         self.config: ml_collections.ConfigDict = read_config(workdir)
         task = self.config.get("task", "occupancy")
         if task != "occupancy":
-            raise ValueError(f"{workdir} holds a run of task {task!r}, a lidar network: query it with --lidar")
+            way = "query it with --lidar" if task == "distillation" else "judge it with pop3d_jax.evaluate_segmentation"
+            raise ValueError(f"{workdir} holds a run of task {task!r}, a lidar network: {way}")
         self.student: Student = make_student(self.config)
         checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
         self.step = checkpoints.latest_step() if step is None else step

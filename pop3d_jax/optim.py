@@ -128,9 +128,9 @@ def make_optimizer(
     Weights decay wherever they train, norms and biases included, as in both official trainings.
 
     Args:
-      config: the `optim` part of an experiment: name ("adamw" or "muon"), learning_rate, backbone_multiplier,
-        weight_decay, betas, epsilon, clip_norm (0: gradients are not clipped), layer_decay (0 or absent: one rate for
-        all layers), and what `make_schedule` reads.
+      config: the `optim` part of an experiment: name ("adamw" or "muon"), learning_rate, backbone_multiplier (1 where
+        it is absent), weight_decay, betas, epsilon, clip_norm (0: gradients are not clipped), layer_decay (0 or
+        absent: one rate for all layers), and what `make_schedule` reads.
       total_steps: steps of the whole training.
       groups: from `parameter_groups`.
       layer_of: layer of a parameter by its path, for layer_decay; the layer of highest number has the full rate.
@@ -170,7 +170,7 @@ def make_optimizer(
         optax.multi_transform(
             {
                 "main": rule(config.learning_rate),
-                "backbone": rule(config.learning_rate * config.backbone_multiplier),
+                "backbone": rule(config.learning_rate * config.get("backbone_multiplier", 1.0)),
                 "frozen": optax.set_to_zero(),
             },
             groups,

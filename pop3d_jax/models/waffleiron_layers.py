@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, Shaped
 
 from pop3d_jax.models.batch_norm import BatchNorm
 from pop3d_jax.models.layers import fan_in_uniform, linear, split_keys
@@ -13,6 +13,8 @@ from pop3d_jax.sharding import per_device
 
 _LAYER_NORM_EPSILON = 1e-5
 _COUNT_EPSILON = 1e-6
+# Points whose neighbours are embedded at a time in inference.
+_BLOCK = 8192
 # PyTorch's GELU is the exact one.
 _ACTIVATIONS = {"relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
 
@@ -227,10 +229,38 @@ class Embedding(nnx.Module):
         """Tokens, float32; `neighbors` begins with the point itself, which is left out."""
         points = self.norm(point_features, training=training, counted=counted)
         relative = gather_rows(points, neighbors[..., 1:]) - points[:, :, None]
+        if training:
+            around = self._around(relative, counted, training=True)
+        else:
+            # No point depends on another one here: block by block, for whole sweeps make gigabytes of hidden features.
+            around = _by_blocks(lambda *block: self._around(*block, training=False), relative, counted)
+        return self.merge(jnp.concatenate([self.point(points), around], axis=-1)).astype(jnp.float32)
+
+    def _around(
+        self,
+        relative: Float[Array, "batch points neighbor feature"],
+        counted: Bool[Array, "batch points"],
+        *,
+        training: bool,
+    ) -> Float[Array, "batch points channel"]:
         hidden = self.neighbor_hidden(self.neighbor_norm(relative, training=training, counted=counted))
         hidden = jax.nn.relu(self.neighbor_hidden_norm(hidden, training=training, counted=counted))
-        around = jnp.max(self.neighbor_output(hidden), axis=2)
-        return self.merge(jnp.concatenate([self.point(points), around], axis=-1)).astype(jnp.float32)
+        return jnp.max(self.neighbor_output(hidden), axis=2)
+
+
+def _by_blocks(function: Callable[..., Array], *arrays: Shaped[Array, "batch points ..."]) -> Array:
+    """A function of points that do not depend on each other, applied to `_BLOCK` of them at a time."""
+    points = arrays[0].shape[1]
+    blocks = -(-points // _BLOCK)
+    if blocks == 1:
+        return function(*arrays)
+
+    def split(array: Array) -> Array:
+        padded = jnp.pad(array, ((0, 0), (0, blocks * _BLOCK - points), *((0, 0),) * (array.ndim - 2)))
+        return jnp.moveaxis(padded.reshape(array.shape[0], blocks, _BLOCK, *array.shape[2:]), 1, 0)
+
+    result = jnp.moveaxis(jax.lax.map(lambda block: function(*block), tuple(map(split, arrays))), 0, 1)
+    return result.reshape(result.shape[0], blocks * _BLOCK, -1)[:, :points]
 
 
 def _normalised(

@@ -158,12 +158,21 @@ def _sources(config: ml_collections.ConfigDict) -> list[LidarSource]:
 
 
 def _with_lengths_in_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ml_collections.ConfigDict:
-    """The configuration with lengths of the schedule that it has in epochs as steps."""
+    """The configuration with lengths of the schedule that it has in epochs as steps.
+
+    Raises:
+      ValueError: a length is given in epochs and in steps.
+    """
     config = config.copy_and_resolve_references()
     steps_per_epoch = max(steps_per_epoch, 1)
     with config.optim.unlocked():
         for phase in ("warmup", "cooldown"):
             if config.optim.get(f"{phase}_epochs", 0.0):
+                if config.optim.get(f"{phase}_steps", 0):
+                    raise ValueError(
+                        f"config.optim.{phase}_epochs = {config.optim[f'{phase}_epochs']} and {phase}_steps = "
+                        f"{config.optim[f'{phase}_steps']}: set one of them to 0"
+                    )
                 config.optim[f"{phase}_steps"] = round(config.optim[f"{phase}_epochs"] * steps_per_epoch)
         if config.optim.get("timescale_epochs", 0.0):
             config.optim.timescale_steps = config.optim.timescale_epochs * steps_per_epoch

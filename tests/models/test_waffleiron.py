@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pop3d_jax.models import waffleiron_layers
 from pop3d_jax.models.parameters import merge_model, split_model
 from pop3d_jax.models.waffleiron import WaffleIron, WaffleIronConfig
 from pop3d_jax.models.waffleiron_layers import Block, cell_weights, drop_path, flatten, inflate
@@ -268,6 +269,14 @@ class TestNetwork:
             assert abs(state[key].mean()) < 0.3 * bound, key
 
 
+@pytest.mark.parametrize("block", [3, 11, 64])
+def test_blocks_of_neighbours_change_nothing(monkeypatch, block):
+    model, inputs = WaffleIron(SMALL, rngs=nnx.Rngs(0)), small_inputs()
+    whole = call(model, inputs)
+    monkeypatch.setattr(waffleiron_layers, "_BLOCK", block)
+    close(call(model, inputs), whole, 1e-6)
+
+
 class TestDropPath:
     def test_whole_clouds_are_dropped_and_the_others_scaled(self):
         residual = 1.0 + jax.random.uniform(jax.random.key(0), (400, 3, 2))
@@ -315,6 +324,7 @@ import jax, numpy as np
 from flax import nnx
 from test_waffleiron import SMALL, replaced, small_inputs
 from pop3d_jax.hlo_text import collectives
+from pop3d_jax.models import waffleiron_layers
 from pop3d_jax.models.parameters import merge_model, split_model
 from pop3d_jax.models.waffleiron import WaffleIron
 from pop3d_jax.sharding import make_mesh, replicated, shard_batch

@@ -270,3 +270,25 @@ def test_two_and_four_devices_distil_as_one_does(tmp_path, small_lidar_config):
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-5000:]
+
+
+def test_the_newer_recipe_trains(tmp_path, small_lidar_config):
+    recipe = importlib.import_module("configs.scalr_plus").get_config("nuscenes")
+    with small_lidar_config.unlocked():
+        for name in ("head", "head_hidden", "activation", "drop_path"):
+            small_lidar_config.model[name] = recipe.model[name]
+        small_lidar_config.optim.update(recipe.optim)
+        small_lidar_config.optim.update({"warmup_epochs": 0.0, "warmup_steps": 2, "cooldown_epochs": 0.0})
+        small_lidar_config.optim.update({"cooldown_steps": 2, "timescale_epochs": 0.0, "timescale_steps": 4.0})
+    small_lidar_config.total_steps = 8
+    train(small_lidar_config, tmp_path)
+    history = losses(tmp_path)
+    assert sorted(history) == list(range(1, 9))
+    assert history[8] < history[1]
+
+
+def test_a_length_in_epochs_and_in_steps_is_refused(small_lidar_config):
+    with small_lidar_config.unlocked():
+        small_lidar_config.optim.warmup_epochs = 1.0
+    with pytest.raises(ValueError, match=r"warmup_epochs = 1\.0 and warmup_steps = 2: set one of them to 0"):
+        load_task(small_lidar_config, "unused", make_mesh())
