@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from configs import scalr_finetune, scalr_probe
+from configs import scalr_finetune, scalr_plus, scalr_probe
 from pop3d_jax.checkpoint import Checkpoints
 from pop3d_jax.data.records import RecordError
 from pop3d_jax.lidar_experiment import build_lidar_student, make_lidar_student
@@ -273,7 +273,7 @@ def test_two_and_four_devices_distil_as_one_does(tmp_path, small_lidar_config):
 
 
 def test_the_newer_recipe_trains(tmp_path, small_lidar_config):
-    recipe = importlib.import_module("configs.scalr_plus").get_config("nuscenes")
+    recipe = scalr_plus.get_config("nuscenes")
     with small_lidar_config.unlocked():
         for name in ("head", "head_hidden", "activation", "drop_path"):
             small_lidar_config.model[name] = recipe.model[name]
