@@ -2,14 +2,13 @@
 
 import io
 
-import matplotlib
+from pop3d_jax.headless import matplotlib, plt  # before all else of matplotlib
 
-matplotlib.use("Agg")  # no display is needed, or looked for
+# isort: split
 
 import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float, UInt8
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.patches import Patch

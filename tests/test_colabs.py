@@ -1,5 +1,6 @@
 """The notebooks: what is committed of them, and that they run from end to end."""
 
+import ast
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 from conftest import small_fields
+from IPython.core.inputtransformer2 import TransformerManager
 
 from colabs.execute import FOLDER, NAMES, execute, has_tag, seconds_of_cells
 from data_prep.splits import scene_names
@@ -56,6 +58,13 @@ def pictures(notebook):
 def errors(notebook):
     """(cell, output) of every cell that raised."""
     return [(cell, output) for cell in code_cells(notebook) for output in cell.outputs if output.output_type == "error"]
+
+
+def assigned_names(cell):
+    """The variables that a cell gives a value."""
+    lines = [line for line in cell.source.splitlines(keepends=True) if not line.startswith("%%")]
+    tree = ast.parse(TransformerManager().transform_cell("".join(lines)))
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def run(name, folder, *, optimised=False, **parameters):
@@ -122,6 +131,21 @@ class TestCommitted:
     def test_they_are_installed_alike(self):
         (setup,) = {cell.source for name in NAMES for cell in code_cells(committed(name)) if "uv venv" in cell.source}
         assert 'find_spec("pop3d_jax")' in setup
+        # A notebook's kernel names its own backend of matplotlib there, which the project's environment has not.
+        assert "\n%env MPLBACKEND=Agg\n" in setup
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_no_cell_changes_a_setting(self, name):
+        """Cells may be run twice: a setting that one of them adds to would grow."""
+        notebook = committed(name)
+        (settings,) = [cell for cell in notebook.cells if has_tag(cell, "parameters")]
+        others = [cell for cell in code_cells(notebook) if cell is not settings]
+        assert set.union(*map(assigned_names, others)).isdisjoint(assigned_names(settings))
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_phrases_are_quoted_for_the_shell(self, name):
+        commands = "\n".join(cell.source for cell in code_cells(committed(name)))
+        assert commands.count("--text ") == commands.count("--text {shlex.quote(phrase)}")
 
     def test_ruff_has_nothing_to_say(self):
         files = [f"colabs/{name}.ipynb" for name in NAMES]

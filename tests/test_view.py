@@ -356,6 +356,59 @@ def test_the_mouse_over_a_voxel_shows_its_class(page, classes):
     assert page.locator("#tip").inner_text().startswith(classes[voxel])
 
 
+def test_what_is_said_of_a_voxel_goes_when_the_voxel_does(page):
+    _, x, y = visible_voxel(page)
+    tip = page.locator("#tip")
+    next_frame = "slider => { slider.value = 1; slider.dispatchEvent(new Event('input')); }"
+    for change in (lambda: page.mouse.wheel(0, 100), lambda: page.locator("#time").evaluate(next_frame)):
+        page.mouse.move(x, y)
+        page.mouse.move(x + 1, y)
+        tip.wait_for(state="visible")
+        change()
+        tip.wait_for(state="hidden")
+        page.evaluate("window.sceneView.showFrame(window.sceneView.data.first); window.sceneView.view.resetCamera()")
+
+
+def test_a_browser_without_webgl_is_told_so(browser, scene_file):
+    context = browser.new_context()
+    page = context.new_page()
+    page.add_init_script("HTMLCanvasElement.prototype.getContext = () => null")
+    page.goto(scene_file.as_uri())
+    page.locator(".no-view").wait_for()
+    assert "which this browser does not offer" in page.locator(".no-view").inner_text()
+    context.close()
+
+
+def test_the_last_question_is_answered_whatever_the_order_of_the_answers(open_page, scene_file, tmp_path):
+    (data,) = re.findall(r'id="scene-data">(.*?)</script>', scene_file.read_text())
+    scene = json.loads(data)
+    known = scene["phrases"].pop(0)
+    (tmp_path / "scene.html").write_text(render_page(scene, live=True))
+    page = open_page((tmp_path / "scene.html").as_uri())
+    # Answers are given by hand, the last question's first.
+    page.evaluate(
+        """() => {
+          window.waiting = [];
+          window.fetch = (address) => new Promise((answer) => window.waiting.push([address, answer]));
+        }"""
+    )
+    asked = ["first", "second", "first"]
+    for text in asked:
+        page.locator("#phrase").fill(text)
+        page.locator("#phrase").press("Enter")
+    page.wait_for_function("window.waiting.length === 3")
+    for number in (2, 1, 0):
+        page.evaluate(
+            "([number, phrase]) => window.waiting[number][1](new Response(JSON.stringify(phrase)))",
+            [number, known | {"text": asked[number]}],
+        )
+        page.wait_for_function("text => window.sceneView.data.phrase(text) !== undefined", arg=asked[number])
+    page.evaluate("() => new Promise((done) => setTimeout(done))")
+    assert page.evaluate("window.sceneView.state.phrase.text") == "first"
+    chips = page.locator("#phrases button").all_inner_texts()
+    assert chips.count("first") == chips.count("second") == 1
+
+
 def test_time_moves_to_the_next_key_frame(page, grids, shown):
     page.locator("#show-voxels").uncheck()
     page.locator("#time").evaluate("slider => { slider.value = 1; slider.dispatchEvent(new Event('input')); }")

@@ -4,13 +4,12 @@ import collections
 import io
 from collections.abc import Sequence
 
-import matplotlib
+from pop3d_jax.headless import plt  # before all else of matplotlib
 
-matplotlib.use("Agg")  # no display is needed, or looked for
+# isort: split
 
 import numpy as np
 from etils import epath
-from matplotlib import pyplot as plt
 from PIL import Image
 
 from pop3d_jax.data.records import RecordSource

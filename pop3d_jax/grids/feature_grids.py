@@ -74,7 +74,8 @@ class Hit:
       sample_token, scene_name: the key frame.
       similarity: cosine between the voxel's feature and the phrase.
       margin: how much nearer a voxel is to the phrase than to the nearest background phrase: of the key frame's voxel
-        where that is most, which may be another one. Below the search's threshold the phrase counts as absent.
+        where that is most, which may be another one, but none that `without` leaves out. Below the search's threshold
+        the phrase counts as absent.
       background: that phrase.
       present: whether the margin reaches the threshold.
       voxel: indices (x, y, z).
@@ -237,7 +238,8 @@ class FeatureGrids:
         Args:
           text: a phrase, or several, which cost one pass.
           top: hits for each phrase.
-          without: a voxel that is nearer to one of these phrases than to the one asked for is left out.
+          without: a voxel that is nearer to one of these phrases than to the one asked for is left out: it is no hit,
+            and does not make the phrase present. A key frame of which no voxel is left has no hit.
           background: phrases that say what else there may be; those made of words of the phrase asked for are left
             out, as "car" for "a red car".
           threshold: margin over the background from which on a hit counts as present.
@@ -263,9 +265,13 @@ class FeatureGrids:
             for number in map(int, order[np.isfinite(best[order, column])][:top]):
                 directions = self._directions(number)
                 similarity = directions @ asked[column]
-                margin, rival = largest_lead(similarity, directions @ behind.T, phrase, background)
+                rows = np.arange(len(similarity))
                 if len(others):
-                    similarity = np.where(similarity < (directions @ others.T).max(-1), -np.inf, similarity)
+                    rows = np.flatnonzero(similarity >= (directions @ others.T).max(-1))
+                if not len(rows):  # the pass over the store, which rounds otherwise, had left a voxel that is no nearer
+                    continue
+                margin, rival = largest_lead(similarity[rows], directions[rows] @ behind.T, phrase, background)
+                best_row = int(self.offsets[number]) + int(rows[np.argmax(similarity[rows])])
                 hits.append(
                     Hit(
                         phrase,
@@ -273,7 +279,7 @@ class FeatureGrids:
                         margin=margin,
                         background=rival,
                         present=margin >= threshold,
-                        **self._place(number, int(self.offsets[number]) + int(np.argmax(similarity))),
+                        **self._place(number, best_row),
                     )
                 )
         return hits

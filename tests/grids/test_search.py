@@ -133,6 +133,53 @@ def test_hits_are_ranked_and_placed(make_store, vectors, monkeypatch):
     assert not any(hit.present for hit in everything)
 
 
+def with_directions(grids, monkeypatch, number, directions, words):
+    """The store with these features in one key frame and no voxel elsewhere."""
+    counts = np.zeros_like(grids.counts)
+    counts[number] = len(directions)
+    monkeypatch.setattr(grids, "counts", counts)
+    monkeypatch.setattr(grids, "_features", lambda _: directions)
+    monkeypatch.setattr(FeatureGrids, "clip", None)
+    monkeypatch.setattr(
+        "pop3d_jax.grids.feature_grids.embed_phrases", lambda _, texts, **kept: np.stack([words[t] for t in texts])
+    )
+
+    def best(store, offsets, counts, phrases, others, codebook):
+        similarity = np.full((len(counts), len(phrases)), -np.inf, np.float32)
+        similarity[number] = (directions @ phrases.T).max(0)
+        return similarity
+
+    monkeypatch.setattr("pop3d_jax.grids.feature_grids.best_similarities", best)
+
+
+def test_a_voxel_left_out_does_not_make_a_phrase_present(make_store, monkeypatch):
+    grids = FeatureGrids.open(make_store("float16")[0])
+    number = int(np.argmax(grids.counts))
+    axes = np.eye(3, dtype=np.float32)
+    words = {"a car": axes[0], "a truck": axes[1], "road": axes[2]}
+    # One is ahead of the background but more of a truck; one is more of a car than of a truck, but still more road.
+    leading, left = [0.6, 0.8, 0.0], [0.5, 0.0, 0.8]
+    with_directions(grids, monkeypatch, number, _unit(np.array([leading, left], np.float32)), words)
+    (alone,) = grids.search("a car", background=["road"])
+    assert alone.present
+    assert alone.margin == pytest.approx(0.6)
+    (hit,) = grids.search("a car", without=["a truck"], background=["road"])
+    assert not hit.present
+    assert hit.margin == pytest.approx(-0.3 / np.hypot(0.5, 0.8))
+    assert hit.background == "road"
+    assert hit.voxel == tuple(grids[number].coordinates[1])
+
+
+def test_a_key_frame_with_no_voxel_left_has_no_hit(make_store, monkeypatch):
+    grids = FeatureGrids.open(make_store("float16")[0])
+    axes = np.eye(3, dtype=np.float32)
+    words = {"a car": axes[0], "a truck": axes[1], "road": axes[2]}
+    trucks = _unit(np.array([[0.6, 0.8, 0.0], [0.0, 1.0, 0.0]], np.float32))
+    with_directions(grids, monkeypatch, int(np.argmax(grids.counts)), trucks, words)
+    assert len(grids.search("a car", background=["road"])) == 1
+    assert grids.search("a car", without=["a truck"], background=["road"]) == []
+
+
 def test_impossible_questions_are_refused(make_store):
     grids = FeatureGrids.open(make_store()[0])
     with pytest.raises(ValueError, match="top = 0"):

@@ -9,9 +9,21 @@ const HITS_LISTED = 8;
 const at = (id) => document.getElementById(id);
 
 const data = new SceneData(JSON.parse(at("scene-data").textContent));
-const view = new VoxelView(at("voxels"), data.volume);
+const view = newView();
 const images = new ImageStrip(at("images"), data.cameras);
 const state = { number: data.first, mode: "class", phrase: data.phrases[0], hits: [], selected: -1, dark: false };
+
+// Nothing of the page works without the view, so it says why there is none.
+function newView() {
+  try {
+    return new VoxelView(at("voxels"), data.volume);
+  } catch (error) {
+    const wayOut = "switch on hardware acceleration, or open it in another browser";
+    const words = `This page draws with WebGL 2, which this browser does not offer (${error.message}): ${wayOut}.`;
+    at("voxels").replaceWith(element("p", words, "no-view"));
+    throw error;
+  }
+}
 
 const frame = () => data.frame(state.number);
 const similarity = () => state.phrase && data.similarity(state.phrase, state.number);
@@ -19,6 +31,7 @@ const similarity = () => state.phrase && data.similarity(state.phrase, state.num
 function showFrame(number) {
   state.number = number;
   state.selected = -1;
+  hideTip();
   view.showFrame(frame());
   images.showFrame(frame());
   const seconds = (data.frames[number].timestamp - data.frames[0].timestamp) / 1e6;
@@ -168,11 +181,15 @@ function setMode(mode) {
 }
 
 function choosePhrase(phrase) {
+  questions++; // answers that are still to come are no longer waited for
   state.phrase = phrase;
   at("phrase").value = phrase.text;
   at("message").textContent = "";
   setMode("similarity");
 }
+
+// Answers may come in another order than their questions: only the last question's is shown.
+let questions = 0;
 
 async function ask(text) {
   const known = data.phrase(text);
@@ -185,16 +202,19 @@ async function ask(text) {
       `This page knows ${data.phrases.length} phrases, listed below the field. For free text: python -m pop3d_jax.view --serve`;
     return;
   }
+  const question = ++questions;
   at("message").textContent = "asking the text tower …";
   try {
     const answer = await fetch(`similarity?text=${encodeURIComponent(text)}`);
     if (!answer.ok) throw new Error(await answer.text());
     const phrase = await answer.json();
-    data.phrases.push(phrase);
-    listPhrases();
-    choosePhrase(phrase);
+    if (!data.phrase(phrase.text)) {
+      data.phrases.push(phrase);
+      listPhrases();
+    }
+    if (question === questions) choosePhrase(data.phrase(phrase.text));
   } catch (error) {
-    at("message").textContent = `No answer: ${error.message}`;
+    if (question === questions) at("message").textContent = `No answer: ${error.message}`;
   }
 }
 
@@ -228,16 +248,20 @@ at("voxels").addEventListener("pointerup", (event) => {
 });
 at("voxels").addEventListener("pointermove", (event) => {
   if (event.buttons) {
-    at("tip").hidden = true;
+    hideTip();
     return;
   }
   if (!hovered) requestAnimationFrame(showTip);
   hovered = { x: event.clientX, y: event.clientY };
 });
-at("voxels").addEventListener("pointerleave", () => {
+at("voxels").addEventListener("pointerleave", hideTip);
+at("voxels").addEventListener("wheel", hideTip, { passive: true });
+
+// What is under the mouse changes with the view and with the key frame.
+function hideTip() {
   hovered = null;
   at("tip").hidden = true;
-});
+}
 
 function showTip() {
   if (!hovered) return;
