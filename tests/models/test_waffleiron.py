@@ -353,6 +353,7 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
 """
 
 
+@pytest.mark.slow
 def test_four_devices_compute_what_one_does():
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{_PROJECT}:{_PROJECT / 'tests' / 'models'}"}

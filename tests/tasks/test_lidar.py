@@ -68,6 +68,7 @@ def probe_config(small_lidar_config):
     return with_labels(small_lidar_config, scalr_probe)
 
 
+@pytest.mark.slow
 def test_a_distillation_killed_in_the_middle_ends_where_an_unbroken_one_does(
     tmp_path, small_lidar_run, small_lidar_train, small_lidar_config
 ):
@@ -254,6 +255,7 @@ for losses, arrays in runs[1:]:
 """
 
 
+@pytest.mark.slow
 def test_two_and_four_devices_distil_as_one_does(tmp_path, small_lidar_config):
     small_lidar_config.batch_size = 4
     small_lidar_config.optim.warmup_steps = 0  # parameters move at once
