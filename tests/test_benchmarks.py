@@ -38,11 +38,14 @@ def test_a_table_that_was_never_measured_is_named(tmp_path):
         filled("<!-- table speed_v5e_2x2 -->\n<!-- end -->", tmp_path)
 
 
-def test_the_page_shows_the_committed_results_and_all_of_them():
-    page = (_PROJECT / "docs" / "performance.md").read_text()
+def test_the_pages_show_the_committed_results_and_all_of_them():
     results = _PROJECT / "docs" / "results"
-    assert filled(page, results) == page
-    assert set(re.findall(r"<!-- table (\w+) -->", page)) == {path.stem for path in results.glob("*.json")}
+    shown = set()
+    for name in ("performance.md", "scalr.md"):
+        page = (_PROJECT / "docs" / name).read_text()
+        assert filled(page, results) == page
+        shown |= set(re.findall(r"<!-- table (\w+) -->", page))
+    assert shown == {path.stem for path in results.glob("*.json")}
 
 
 def test_implementations_are_compared_with_the_first():

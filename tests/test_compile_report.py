@@ -47,7 +47,10 @@ def test_every_task_has_its_programs(small_lidar_config):
         {"model.channels": 8, "model.depth": 1, "batch_size": 2, "points.capacity": 512, "points.max_points": 256}
     )
     mesh = make_mesh(1, 1, jax.devices()[:1])
-    for config, term, points, outputs in ((small_lidar_config, "paired_points", 4096, 48), (probe, "lovasz", 512, 16)):
+    for config, term, points, outputs in (
+        (small_lidar_config, "paired_points", small_lidar_config.points.capacity, 48),
+        (probe, "lovasz", 512, 16),
+    ):
         with jax.set_mesh(mesh):
             training, inference = abstract_training(config, mesh, 10_000), abstract_inference(config, mesh)
             _, metrics = jax.eval_shape(training.function, *training.arguments)

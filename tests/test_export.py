@@ -264,6 +264,7 @@ def test_the_run_says_which_voxels_unless_a_flag_does(run_with, tmp_path, sectio
     assert FeatureGrids.open(out).counts.max() <= (expected.top_k or 480)
 
 
+@pytest.mark.slow
 def test_wrong_flags_are_a_line(small_run, tmp_path):
     (tmp_path / "file").touch()
     for flags, words in (
@@ -283,6 +284,7 @@ def test_wrong_flags_are_a_line(small_run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_questions_that_cannot_be_asked_are_a_line(small_run, exported, tmp_path):
     for flags, words in (
         ([f"--grids={exported}", "--text="], "none of them empty"),
@@ -309,6 +311,7 @@ def test_questions_that_cannot_be_asked_are_a_line(small_run, exported, tmp_path
         assert "USAGE" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_table_for_table_people(small_run, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra: pip install 'pop3d-jax[parquet]'")
     out = tmp_path / "voxels.parquet"

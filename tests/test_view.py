@@ -491,6 +491,7 @@ def test_any_phrase_can_be_typed_into_a_served_page(open_page, grids, shown):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_in_a_line(small_grids, tmp_path):
     (tmp_path / "folder.html").mkdir()
     for flags, words in (

@@ -217,6 +217,7 @@ def test_mask_token_is_not_needed(copy, network):
     assert_same_weights(load_dinov2(copy), network)
 
 
+@pytest.mark.slow
 def test_published_sizes():
     import transformers
 

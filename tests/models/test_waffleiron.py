@@ -175,6 +175,7 @@ def replaced(config, **settings):
 
 
 class TestNetwork:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("depth", "norm"), [(1, "layernorm"), (2, "batchnorm"), (5, "batchnorm")])
     def test_the_loop_is_the_blocks_one_by_one(self, depth, norm):
         """Also for depths that are no multiple of the number of grids, with drop-path, with and without remat."""

@@ -98,6 +98,7 @@ def test_a_distillation_killed_in_the_middle_ends_where_an_unbroken_one_does(
     assert sorted(losses(workdir)) == list(range(1, step + 1))
 
 
+@pytest.mark.slow
 def test_a_distillation_comes_closer_to_its_teacher(small_lidar_run):
     history = losses(small_lidar_run)
     assert max(history.values()) <= 2
@@ -119,6 +120,7 @@ def test_probing_leaves_the_distilled_backbone_as_it_is(tmp_path, small_lidar_ru
     assert all(0 < value < 100 for value in scores.values())
 
 
+@pytest.mark.slow
 def test_fine_tuning_moves_the_backbone(tmp_path, small_lidar_run, small_lidar_config):
     config = with_labels(
         small_lidar_config,
@@ -274,6 +276,7 @@ def test_two_and_four_devices_distil_as_one_does(tmp_path, small_lidar_config):
     assert finished.returncode == 0, finished.stderr[-5000:]
 
 
+@pytest.mark.slow
 def test_the_newer_recipe_trains(tmp_path, small_lidar_config):
     recipe = scalr_plus.get_config("nuscenes")
     with small_lidar_config.unlocked():
