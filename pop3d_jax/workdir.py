@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import ml_collections
 from etils import epath
-from tensorboardX import SummaryWriter
 
 _PACKAGES = (
     "jax",
@@ -166,6 +165,9 @@ class MetricWriter:
         self._lines = [line for line in whole if json.loads(line)["step"] <= first_step]
         self._path.write_text("".join(line + "\n" for line in self._lines))
         self._remote = "://" in str(workdir)
+        # Not at the top: where PyTorch is installed it comes along, a second and a half that only training needs.
+        from tensorboardX import SummaryWriter
+
         self._tensorboard = (
             None if self._remote else SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=first_step)
         )

@@ -94,6 +94,7 @@ def test_a_phrase_is_looked_up_in_all_key_frames(exported, tmp_path):
     assert (tmp_path / "hits.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_an_export_that_was_killed_goes_on(small_run, exported, tmp_path):
     """Another process has written the store's metadata and died; the next one writes the same store as in one go."""
     out = tmp_path / "grids.zarr"
@@ -192,6 +193,7 @@ def test_overwrite_replaces_a_store_of_another_model(small_run, exported, tmp_pa
     assert GridStore.open(out).attributes["model"]["step"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trouble", "words"),
     [

@@ -135,6 +135,7 @@ def test_maskclip_plus_teaches_in_the_step(tmp_path, small_config):
     assert len({row["train/feature"] for row in rows}) == 2
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_step_and_tokens(tmp_path, small_config):
     small_config.loss.feature = float("inf")
     with pytest.raises(

@@ -327,6 +327,7 @@ def test_what_is_left_out_is_said(sparse_page, shown):
         assert sparse_page.locator("#legend .left-out").inner_text() == expected
 
 
+@pytest.mark.slow
 def test_the_ending_decides_what_is_written(small_grids, tmp_path, scene_file):
     pytest.importorskip("rerun", reason="needs the extra: pip install rerun-sdk")
     done = view(f"--grids={small_grids}", "--text=a tree", f"--out={tmp_path / 'scene.rrd'}")

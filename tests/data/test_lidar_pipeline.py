@@ -137,6 +137,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_restart_with_any_number_of_workers_gives_the_same_batches(tmp_path):
     script = tmp_path / "restarted.py"
     script.write_text(_RESTARTED)

@@ -63,6 +63,7 @@ def test_gradients_reach_every_parameter():
             assert np.any(gradient[...]), path
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_about_the_same():
     images, lidar_to_image, points = _small_inputs()
 

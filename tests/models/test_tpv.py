@@ -81,6 +81,7 @@ def test_a_batch_is_its_items_one_by_one():
             np.testing.assert_allclose(a[i : i + 1], b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rematerialised_layers_and_slices_change_nothing(monkeypatch):
     def loss_and_gradients(remat):
         graph, state, features, lidar_to_image, image_hw = _encoder_case(remat=remat)
