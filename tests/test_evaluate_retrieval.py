@@ -160,6 +160,7 @@ def test_missing_key_frames_are_listed_with_the_way_out(small_run, small_records
         command.evaluate_retrieval(small_run, folder, splits=["test"], on_missing="skip")
 
 
+@pytest.mark.slow
 def test_without_teacher_and_with_skipped_key_frames_the_command_ends_with_status_three(
     small_run, archive, small_records, tmp_path
 ):

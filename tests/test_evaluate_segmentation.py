@@ -297,6 +297,7 @@ def test_words_of_the_flags():
             parse_severities(values)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes(small_probe_run, report, tmp_path):
     arguments = [f"--workdir={small_probe_run}", "--corruptions=crosstalk", "--severities=3"]
     finished = _run(*arguments, f"--out={tmp_path / 'results.json'}")

@@ -42,6 +42,7 @@ def _picture(path):
         return np.asarray(image.convert("RGB")).astype(int)
 
 
+@pytest.mark.slow
 def test_a_phrase_is_answered_on_the_sweep(small_distillation_run, small_records, tmp_path):
     source = RecordSource(small_records, "val")
     token = source.sample_tokens[1]

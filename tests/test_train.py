@@ -30,6 +30,7 @@ def finish(process):
     return log
 
 
+@pytest.mark.slow
 def test_a_run_told_to_stop_saves_the_step_under_way_and_goes_on(tmp_path, small_run, small_train, small_config):
     workdir = tmp_path / "preempted"
     # No checkpoint is due before the end: what there is was saved because of the signal.

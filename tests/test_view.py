@@ -470,6 +470,7 @@ def test_no_script_but_the_pages_own_runs(open_page, scene_file, tmp_path):
     assert all("Content Security Policy" in problem for problem in page.problems)
 
 
+@pytest.mark.slow
 def test_any_phrase_can_be_typed_into_a_served_page(open_page, grids, shown):
     process = subprocess.Popen(
         [sys.executable, "-m", "pop3d_jax.view", f"--grids={grids.store.path}", "--serve", "--port=0"],

@@ -42,6 +42,7 @@ def _small_inputs(batch=2, config=SMALL):
     return images, lidar_to_image, points
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter():
     config = dataclasses.replace(SMALL, remat="all")
     graph, parameters, statistics = nnx.split(Pop3D(config, rngs=nnx.Rngs(0)), nnx.Param, ...)

@@ -71,6 +71,7 @@ def _encoder_case(batch=3, cameras=2, dropout_rate=0.0, remat=False, **changes):
     return graph, state, features, _ring_of_cameras(0, batch, cameras, image_hw), image_hw
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_items_one_by_one():
     graph, state, features, lidar_to_image, image_hw = _encoder_case()
     encode = jax.jit(lambda state, f, m: nnx.merge(graph, state)(f, m, image_hw))

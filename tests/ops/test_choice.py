@@ -78,6 +78,7 @@ def test_the_platform_is_that_of_the_mesh():
         assert choice.platform() == "tpu"
 
 
+@pytest.mark.slow
 def test_the_committed_table_names_implementations_that_exist():
     rows = json.loads(choice.TABLE.read_text())["rows"]
     assert {row["operation"] for row in rows} == {"deformable_attention", "deformable_conv2d"}
