@@ -182,7 +182,7 @@ def pop3d_loss(
     feature_target: Float[Array, "batch points feature"] | None = None,
     feature_mask: Bool[Array, "batch points"] | None = None,
     *,
-    class_weights: Float[Array, "classes"] | None = None,
+    class_weights: Float[Array, " classes"] | None = None,
     cross_entropy_weight: float = 1.0,
     lovasz_weight: float = 1.0,
     feature_weight: float = 1.0,

@@ -156,7 +156,7 @@ class Ground:
 
     def surface(
         self, x: Float[np.ndarray, "*n"], y: Float[np.ndarray, "*n"]
-    ) -> tuple[Int[np.ndarray, "*n"], Float[np.ndarray, "roads *n"], Float[np.ndarray, "roads *n"]]:
+    ) -> tuple[Int[np.ndarray, "*n"], Float[np.ndarray, " roads *n"], Float[np.ndarray, " roads *n"]]:
         """Surface numbers at world positions, and (along, lateral) for every road."""
         coordinates = [road.coordinates(x, y) for road in self.roads]
         along, lateral = np.stack([c[0] for c in coordinates]), np.stack([c[1] for c in coordinates])

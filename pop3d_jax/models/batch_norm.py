@@ -88,7 +88,7 @@ class BatchNorm(nnx.Module):
 
     def _of_batch(
         self, x: Float[Array, "*positions channel"], counted: Bool[Array, "..."] | None
-    ) -> tuple[Float[Array, "channel"], Float[Array, "channel"]]:
+    ) -> tuple[Float[Array, " channel"], Float[Array, " channel"]]:
         """Mean and variance of the counted rows; the running ones are updated."""
         axes = tuple(range(x.ndim - 1))
         if counted is None:

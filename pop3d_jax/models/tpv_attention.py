@@ -37,13 +37,13 @@ def _star(heads: int) -> Float[np.ndarray, "heads 2"]:
     return direction / np.abs(direction).max(-1, keepdims=True)
 
 
-def _offset_bias(heads: int, repeat: int, steps: int, copies: int) -> Float[np.ndarray, "size"]:
+def _offset_bias(heads: int, repeat: int, steps: int, copies: int) -> Float[np.ndarray, " size"]:
     """Initial sampling offsets [heads, repeat, copies, steps, xy]: a group goes outwards, 1, 2, ... texels."""
     offsets = _star(heads)[:, None, None, None] * np.arange(1, steps + 1)[:, None]
     return np.broadcast_to(offsets, (heads, repeat, copies, steps, 2)).reshape(-1).astype(np.float32)
 
 
-def _constant_linear(in_dims: int, bias: Float[np.ndarray, "size"], rngs: nnx.Rngs) -> nnx.Linear:
+def _constant_linear(in_dims: int, bias: Float[np.ndarray, " size"], rngs: nnx.Rngs) -> nnx.Linear:
     """Zero kernel, given bias. Always float32: its outputs are positions, or weights that are summed to one."""
     layer = nnx.Linear(in_dims, bias.size, kernel_init=nnx.initializers.zeros, dtype=jnp.float32, rngs=rngs)
     layer.bias[...] = jnp.asarray(bias)

@@ -57,7 +57,7 @@ def inflate(
 
 
 def gather_rows(
-    rows: Float[Array, "batch rows channel"], indices: Int[Array, "batch *places"]
+    rows: Float[Array, "batch rows channel"], indices: Int[Array, " batch *places"]
 ) -> Float[Array, "batch *places channel"]:
     """`rows[i, indices[i]]` for every example i, which stays on its device."""
     gather = jax.vmap(lambda rows, indices: rows[indices])
