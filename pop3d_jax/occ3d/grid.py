@@ -5,6 +5,11 @@ indexed [x, y, z]. Labels 0 to 16 are the lidarseg classes, 0 being "others" her
 what nobody saw: the masks tell it from what is free.
 """
 
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
 from pop3d_jax.nuscenes import CLASS_NAMES
 from pop3d_jax.voxels import Volume
 
@@ -15,3 +20,23 @@ OTHERS = 0
 OTHER_FLAT = 12
 FREE = 17
 MASKS = ("camera", "lidar", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Occ3DFrame:
+    """Ground truth of one key frame.
+
+    Attributes:
+      semantics: labels; anything outside 0 to 17 says that there is none.
+      mask_lidar: voxels that the accumulated lidar observed, occupied or free.
+      mask_camera: voxels that the cameras of this key frame observe.
+    """
+
+    semantics: UInt8[np.ndarray, "x y z"]
+    mask_lidar: Bool[np.ndarray, "x y z"]
+    mask_camera: Bool[np.ndarray, "x y z"]
+
+    def mask(self, name: str) -> Bool[np.ndarray, "x y z"]:
+        """The voxels that count under a mask of `MASKS`; KeyError for another name."""
+        everything = np.ones(self.semantics.shape, bool)
+        return {"camera": self.mask_camera, "lidar": self.mask_lidar, "none": everything}[name]
