@@ -248,6 +248,7 @@ def mini(small_world, tmp_path):
     return root
 
 
+@pytest.mark.slow
 def test_the_search_takes_a_folder_of_nuscenes_mini(mini, tiny_clip_folder, tmp_path):
     notebook = run(
         "export_and_search",

@@ -183,6 +183,7 @@ def test_without_teacher_and_with_skipped_key_frames_the_command_ends_with_statu
 
 
 @pytest.mark.golden
+@pytest.mark.slow
 def test_an_archive_of_the_real_key_frame(golden_file, small_run, tiny_clip_folder, tmp_path):
     root = golden_file("nuscenes/nuscenes_keyframe")
     version = next(root.glob("v1.0-*")).name

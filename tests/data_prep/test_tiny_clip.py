@@ -98,34 +98,22 @@ def test_mirrored_cells_stay_on_their_pixels(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep.synthetic",
-        f"--out={folder}",
-        "--scenes=2",
-        "--keyframes=1",
-        "--seed=3",
-    ]
-    subprocess.run([*command, "--image_scale=0.25", "--workers=1"], check=True, capture_output=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(world, tmp_path_factory):
+def trained(small_world, tmp_path_factory):
     out = tmp_path_factory.mktemp("tiny_clip")
     schedule = Schedule(steps=30, seed=0, pictures=2, cells=64, crops=8, sentences=32)
-    losses, result = make_tiny_clip(world, out, schedule=schedule, image_hw=(56, 104), max_pictures=6, max_key_frames=1)
+    losses, result = make_tiny_clip(
+        small_world, out, schedule=schedule, image_hw=(56, 104), max_pictures=6, max_key_frames=1
+    )
     return out, losses, result
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(trained):
     _, losses, _ = trained
     assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:5])
 
 
+@pytest.mark.slow
 def test_saved_folder_loads_again_with_its_judgement(trained):
     out, _, result = trained
     assert json.loads((out / "zero_shot.json").read_text()) == result
