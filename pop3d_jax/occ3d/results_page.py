@@ -1,0 +1,122 @@
+"""A page of results from the reports of `evaluate_occupancy`: every number beside the protocol that made it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from pop3d_jax.occ3d.grid import MASKS
+from pop3d_jax.occ3d.report import RAYIOU, spread, summary_of
+
+_NEEDED = ("method", "ground_truth", "frames", "partial", "scores", "command", "prompts")
+
+
+class ReportError(Exception):
+    """A file is no report of `evaluate_occupancy`; names it."""
+
+
+def read_reports(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
+    """All reports of a folder by their file's name, in the order of the names.
+
+    Raises:
+      ReportError: no such folder, no reports in it, or a file that is none.
+    """
+    folder = epath.Path(folder)
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.name) if folder.is_dir() else []
+    if not paths:
+        raise ReportError(f"{folder} holds no .json files: write some with pop3d_jax.evaluate_occupancy --out")
+    reports = {}
+    for path in paths:
+        try:
+            report = json.loads(path.read_text())
+            missing = [name for name in _NEEDED if name not in report]
+        except (ValueError, TypeError) as error:
+            raise ReportError(f"{path} is damaged ({error}): write it again with --out") from error
+        if missing:
+            raise ReportError(f"{path} is no report of pop3d_jax.evaluate_occupancy: it has no {', '.join(missing)}")
+        reports[path.name] = report
+    return reports
+
+
+def results_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page as Markdown: a table for each ground truth, the spread by protocol, rules, and commands."""
+    lines = ["# Results", "", "Percent. Made by `python -m pop3d_jax.occupancy_results`; do not edit.", ""]
+    for truth in dict.fromkeys(report["ground_truth"] for report in reports.values()):
+        lines += [f"## Against {truth}", "", *_table(list(_rows(reports, truth))), ""]
+    lines += ["## One prediction, every protocol", ""]
+    lines += [
+        "What the choice of rule and mask alone makes of one and the same prediction; RayIoU left out.",
+        "",
+        *_spreads(reports),
+        "",
+        "## Rules",
+        "",
+        *(f"- `{rule}`: {summary_of(rule)}" for rule in _rules(reports)),
+        "",
+        "## Commands",
+        "",
+    ]
+    lines += [f"- {name}: `{report['command']}`" for name, report in reports.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _rules(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = (row for report in reports.values() for rows in report["scores"].values() for row in rows)
+    return list(dict.fromkeys(row["rule"] for row in rows))
+
+
+def _frames(report: Mapping[str, Any]) -> str:
+    of_split = f" of {report['split']}" if report.get("split") else ""
+    partial = " **PARTIAL**" if report["partial"] else ""
+    return f"{report['frames']}{of_split}{partial}"
+
+
+def _rows(reports: Mapping[str, Mapping[str, Any]], truth: str) -> Iterator[list[str]]:
+    """A row for each report, set of labels and rule."""
+    for report in (report for report in reports.values() if report["ground_truth"] == truth):
+        prompts = report["prompts"]["name"] if report["prompts"] else "-"
+        if report.get("absent_threshold") is not None:
+            prompts += f", absent below {report['absent_threshold']:g}"
+        for labels, rows in report["scores"].items():
+            for rule in dict.fromkeys(row["rule"] for row in rows):
+                of_rule = {row["mask"]: row for row in rows if row["rule"] == rule}
+                first = next(iter(of_rule.values()))
+                name = "RayIoU" if rule == RAYIOU else "mIoU"
+                means = [_number(of_rule.get(mask), "miou") for mask in MASKS]
+                iou = _number(of_rule.get("camera", first), "iou")
+                classes = f"{len(first['classes'])}"
+                yield [report["method"], labels, _frames(report), prompts, rule, name, classes, *means, iou]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    masks = [f"mask {mask}" for mask in MASKS]
+    head = ["method", "labels", "key frames", "prompts", "rule", "mean", "classes", *masks, "IoU, first mask"]
+    return [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(row: Mapping[str, Any] | None, name: str) -> str:
+    return "-" if row is None or row[name] is None else f"{row[name]:.2f}"
+
+
+def _spreads(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    head = ["method", "labels", "lowest", "by", "highest", "by", "ratio"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for report in reports.values():
+        for labels, rows in report["scores"].items():
+            ends = spread([row for row in rows if row["rule"] != RAYIOU])
+            if ends is None:
+                continue
+            low, high = ends
+            ratio = f"{high['miou'] / low['miou']:.2f}" if low["miou"] else "-"
+            places = [f"{row['rule']}, mask {row['mask']}" for row in ends]
+            lines.append(
+                _line(
+                    [report["method"], labels, f"{low['miou']:.2f}", places[0], f"{high['miou']:.2f}", places[1], ratio]
+                )
+            )
+    return lines
