@@ -1,7 +1,7 @@
 """Makes a page of results from a folder of reports: python -m pop3d_jax.occupancy_results --results DIR --out PAGE.md
 
-The reports are those of `pop3d_jax.evaluate_occupancy --out DIR/NAME.json`. Each number stands beside its method, labels,
-prompts, rule, classes, mask and command; scores against different ground truths stand in different tables.
+The reports are those of `pop3d_jax.evaluate_occupancy --out DIR/NAME.json`. Each number stands beside its method,
+labels, prompts, rule, classes, mask and command; scores against different ground truths stand in different tables.
 """
 
 from absl import flags, logging

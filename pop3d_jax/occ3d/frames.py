@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from data_prep.splits import scene_names
 from pop3d_jax.occ3d.grid import Occ3DFrame
@@ -11,6 +11,7 @@ from pop3d_jax.occ3d.label_files import OccupancyFileError
 _NAMED = 3
 
 
+@runtime_checkable
 class GroundTruth(Protocol):
     """What can be scored against: Occ3D's files, or labels accumulated from records."""
 

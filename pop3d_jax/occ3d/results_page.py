@@ -81,17 +81,16 @@ def _rows(reports: Mapping[str, Mapping[str, Any]], truth: str) -> Iterator[list
         for labels, rows in report["scores"].items():
             for rule in dict.fromkeys(row["rule"] for row in rows):
                 of_rule = {row["mask"]: row for row in rows if row["rule"] == rule}
-                first = next(iter(of_rule.values()))
                 name = "RayIoU" if rule == RAYIOU else "mIoU"
                 means = [_number(of_rule.get(mask), "miou") for mask in MASKS]
-                iou = _number(of_rule.get("camera", first), "iou")
-                classes = f"{len(first['classes'])}"
-                yield [report["method"], labels, _frames(report), prompts, rule, name, classes, *means, iou]
+                ious = [_number(of_rule.get(mask), "iou") for mask in MASKS]
+                classes = str(len(next(iter(of_rule.values()))["classes"]))
+                yield [report["method"], labels, _frames(report), prompts, rule, name, classes, *means, *ious]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    masks = [f"mask {mask}" for mask in MASKS]
-    head = ["method", "labels", "key frames", "prompts", "rule", "mean", "classes", *masks, "IoU, first mask"]
+    means, ious = ([f"{name}, mask {mask}" for mask in MASKS] for name in ("mean", "IoU"))
+    head = ["method", "labels", "key frames", "prompts", "rule", "mean of", "classes", *means, *ious]
     return [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
 
 
@@ -114,9 +113,6 @@ def _spreads(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
             low, high = ends
             ratio = f"{high['miou'] / low['miou']:.2f}" if low["miou"] else "-"
             places = [f"{row['rule']}, mask {row['mask']}" for row in ends]
-            lines.append(
-                _line(
-                    [report["method"], labels, f"{low['miou']:.2f}", places[0], f"{high['miou']:.2f}", places[1], ratio]
-                )
-            )
+            means = [f"{row['miou']:.2f}" for row in ends]
+            lines.append(_line([report["method"], labels, means[0], places[0], means[1], places[1], ratio]))
     return lines

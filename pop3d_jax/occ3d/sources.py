@@ -1,7 +1,7 @@
 """What is scored: a trained run, an exported store, or files of any method, all asked in the same way."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -26,6 +26,7 @@ LABEL_SETS = {
 Grids = tuple[dict[str, UInt8[np.ndarray, "x y z"]], Bool[np.ndarray, "x y z"] | None]
 
 
+@runtime_checkable
 class Scored(Protocol):
     """What can be scored.
 
