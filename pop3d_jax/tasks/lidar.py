@@ -46,6 +46,11 @@ def distillation_task(config: ml_collections.ConfigDict, workdir: epath.Path, me
       RecordError, WeightFileError, FileNotFoundError, ValueError: see the messages.
     """
     del workdir
+    if config.eval_every:
+        raise ValueError(
+            f"config.eval_every = {config.eval_every}: a distillation has nothing to judge; set it to 0, and probe the "
+            "run with configs/scalr_probe.py"
+        )
     sources = _sources(config)
     config = _with_lengths_in_steps(config, sum(map(len, sources)) // config.batch_size)
     total_steps = number_of_steps(config, sum(map(len, sources)))

@@ -148,6 +148,12 @@ def test_a_teacher_of_another_width_is_refused(tmp_path, small_lidar_config):
         train(small_lidar_config, tmp_path)
 
 
+def test_an_evaluation_that_a_distillation_has_not_is_refused(tmp_path, small_lidar_config):
+    small_lidar_config.eval_every = 10
+    with pytest.raises(ValueError, match=r"eval_every = 10: a distillation has nothing to judge; set it to 0"):
+        train(small_lidar_config, tmp_path)
+
+
 def test_initial_weights_of_another_backbone_are_refused(small_lidar_run, probe_config):
     probe_config.initial_weights = str(small_lidar_run)
     probe_config.model.channels = 8
