@@ -3,8 +3,9 @@
     python -m pop3d_jax.convert --from_torch pop3d_weights.pth --out WORKDIR
     python -m pop3d_jax.convert --to_torch weights.safetensors --workdir WORKDIR
 
-Files that end in .safetensors need no PyTorch, all others do (pip install torch). Weights of a network of other
-sizes need its experiment: --config configs/x.py --config.model.embed_dims=128.
+The second takes runs of ScaLR's tasks too; their training starts from an official file by config.initial_weights, so
+the first is not needed there. Files that end in .safetensors need no PyTorch, all others do (pip install torch).
+Weights of a network of other sizes need its experiment: --config configs/x.py --config.model.embed_dims=128.
 """
 
 import json
@@ -20,8 +21,10 @@ from ml_collections import config_flags
 from pop3d_jax.checkpoint import CheckpointError, Checkpoints
 from pop3d_jax.commands import run, stop_with_message
 from pop3d_jax.experiment import make_student, restored_parts
+from pop3d_jax.lidar_experiment import make_lidar_student
 from pop3d_jax.models.parameters import merge_model, split_model
 from pop3d_jax.models.pop3d import Pop3D
+from pop3d_jax.models.waffleiron_weights import waffleiron_to_state_dict
 from pop3d_jax.official_weights import model_to_state_dict, state_dict_to_model
 from pop3d_jax.optim import make_optimizer, parameter_groups
 from pop3d_jax.sharding import make_mesh, replicated
@@ -46,6 +49,11 @@ def weights_to_workdir(
       WorkdirError: the folder holds a run already.
     """
     workdir = epath.Path(workdir)
+    if config.get("task", "occupancy") != "occupancy":
+        raise ValueError(
+            f"config.task = {config.task!r}: official weights of a lidar network are where training starts from, "
+            "--config.initial_weights=FILE"
+        )
     if (workdir / "checkpoints").exists():
         raise WorkdirError(f"{workdir} holds checkpoints already: give --out a new folder")
     student = make_student(config)
@@ -63,15 +71,18 @@ def weights_to_workdir(
 
 
 def workdir_to_weights(workdir: epath.PathLike, step: int | None = None) -> dict[str, np.ndarray]:
-    """The weights of a run's checkpoint (the newest by default) under official names.
+    """The weights of a run's checkpoint (the newest by default) under official names: POP-3D's, or WaffleIron's.
 
     Raises:
       WorkdirError, CheckpointError: nothing to read.
     """
-    student = make_student(read_config(workdir))
+    config = read_config(workdir)
+    is_lidar = config.get("task", "occupancy") != "occupancy"
+    student = make_lidar_student(config) if is_lidar else make_student(config)
     checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
     restored = checkpoints.restore(restored_parts(student), replicated(make_mesh()), step)
-    return model_to_state_dict(merge_model(student.graph, restored["parameters"], restored["statistics"]))
+    model = merge_model(student.graph, restored["parameters"], restored["statistics"])
+    return waffleiron_to_state_dict(model) if is_lidar else model_to_state_dict(model)
 
 
 def _define_flags() -> None:

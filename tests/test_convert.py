@@ -15,7 +15,10 @@ from pop3d_jax.convert import weights_to_workdir, workdir_to_weights
 from pop3d_jax.data.records import RecordSource
 from pop3d_jax.experiment import make_student
 from pop3d_jax.inference import Predictor
+from pop3d_jax.lidar_experiment import build_lidar_student, make_lidar_student
+from pop3d_jax.models.parameters import merge_model
 from pop3d_jax.models.pop3d import Pop3D
+from pop3d_jax.models.waffleiron_weights import waffleiron_to_state_dict
 from pop3d_jax.official_weights import model_to_state_dict
 from pop3d_jax.torch_files import write_state_dict
 from pop3d_jax.train import train
@@ -53,6 +56,26 @@ def test_nothing_is_overwritten_and_nothing_half_written(official, small_config,
     weights_to_workdir(official, small_config, tmp_path / "run", "")
     with pytest.raises(WorkdirError, match="give --out a new folder"):
         weights_to_workdir(official, small_config, tmp_path / "run", "")
+
+
+def test_a_lidar_run_goes_out_and_comes_back(small_lidar_run, small_lidar_config, tmp_path):
+    state = workdir_to_weights(small_lidar_run)
+    write_state_dict(tmp_path / "weights.safetensors", state)
+    small_lidar_config.initial_weights = str(tmp_path / "weights.safetensors")
+    parameters, statistics = build_lidar_student(small_lidar_config)
+    student = make_lidar_student(small_lidar_config)
+    again = waffleiron_to_state_dict(merge_model(student.graph, parameters, statistics))
+    assert again.keys() == state.keys()
+    # Training takes the backbone of a file and leaves the head as it draws it.
+    backbone = [key for key in state if not key.startswith("classif")]
+    assert len(backbone) > 0.9 * len(state)
+    for key in backbone:
+        np.testing.assert_array_equal(again[key], state[key], err_msg=key)
+
+
+def test_official_lidar_weights_have_another_way_in(official, small_lidar_config, tmp_path):
+    with pytest.raises(ValueError, match=r"task = 'distillation'.*--config\.initial_weights=FILE"):
+        weights_to_workdir(official, small_lidar_config, tmp_path / "run", "")
 
 
 def run_command(*arguments):
