@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from pop3d_jax.experiment import Student, example_settings, make_student, restor
 from pop3d_jax.images import network_images
 from pop3d_jax.labels import semantic_rays
 from pop3d_jax.models.parameters import merge_model
+from pop3d_jax.models.pop3d import Pop3D
 from pop3d_jax.sharding import make_mesh, replicated
 from pop3d_jax.workdir import read_config
 
@@ -41,8 +42,16 @@ class Prediction:
         return self.occupancy > 0.5
 
 
-class Predictor:
-    """The student of a workdir."""
+class StudentRun:
+    """The student of a workdir on this host's devices.
+
+    Attributes:
+      config: of the run.
+      student: structure of the network.
+      step: of the checkpoint.
+      restored: its arrays, `parameters` and `statistics`, on every device.
+      mesh: the devices, one key frame on each at a time.
+    """
 
     def __init__(self, workdir: epath.PathLike, step: int | None = None):
         """Restores a checkpoint (the newest by default).
@@ -51,7 +60,7 @@ class Predictor:
           WorkdirError, CheckpointError: nothing to restore, or not of this model.
           ValueError: the run is one of a lidar network.
         """
-        mesh = make_mesh(len(jax.local_devices()), 1, jax.local_devices())
+        self.mesh = make_mesh(len(jax.local_devices()), 1, jax.local_devices())
         self.config: ml_collections.ConfigDict = read_config(workdir)
         task = self.config.get("task", "occupancy")
         if task != "occupancy":
@@ -60,13 +69,49 @@ class Predictor:
         self.student: Student = make_student(self.config)
         checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
         self.step = checkpoints.latest_step() if step is None else step
-        self.restored = checkpoints.restore(restored_parts(self.student), replicated(mesh), step)
-        self._mesh = mesh
+        self.restored = checkpoints.restore(restored_parts(self.student), replicated(self.mesh), step)
         self._settings = example_settings(self.config, training=False)
 
+    def model(self, restored: dict) -> Pop3D:
+        """The network with its arrays, inside a jitted function that takes `restored`."""
+        return merge_model(self.student.graph, restored["parameters"], restored["statistics"])
+
+    def batches(
+        self,
+        key_frames: Sequence[KeyFrame],
+        more: Callable[[KeyFrame], dict[str, np.ndarray]] = lambda _: {},
+    ) -> Iterator[tuple[Sequence[KeyFrame], dict[str, jax.Array]]]:
+        """Key frames, one for each device at a time, and their arrays there; pictures are decoded meanwhile.
+
+        Args:
+          key_frames: any number; the arrays of the last batch repeat the last, so that one shape is compiled.
+          more: other arrays of a key frame, besides `images` and `lidar_to_image`.
+        """
+        devices = self.mesh.size
+
+        def batch(start: int) -> dict[str, np.ndarray]:
+            frames = [key_frames[min(start + i, len(key_frames) - 1)] for i in range(devices)]
+            examples = [make_example(frame, self._settings, None) for frame in frames]
+            arrays = {name: np.stack([example[name] for example in examples]) for name in ("images", "lidar_to_image")}
+            others = [more(frame) for frame in frames]
+            return arrays | {name: np.stack([other[name] for other in others]) for name in others[0]}
+
+        starts = range(0, len(key_frames), devices)
+        with concurrent.futures.ThreadPoolExecutor(1) as decoder:
+            for start, decoded in zip(starts, decoder.map(batch, starts), strict=True):
+                arrays = jax.device_put(decoded, NamedSharding(self.mesh, PartitionSpec("data")))
+                yield key_frames[start : start + devices], arrays
+
+
+class Predictor(StudentRun):
+    """The student of a workdir, asked for its whole grid."""
+
+    def __init__(self, workdir: epath.PathLike, step: int | None = None):
+        """Restores a checkpoint; see `StudentRun`."""
+        super().__init__(workdir, step)
+
         def predict(restored: dict, images: jax.Array, lidar_to_image: jax.Array) -> tuple[jax.Array, jax.Array]:
-            model = merge_model(self.student.graph, restored["parameters"], restored["statistics"])
-            output = model(network_images(images), lidar_to_image, voxel_features=True)
+            output = self.model(restored)(network_images(images), lidar_to_image, voxel_features=True)
             return jax.nn.softmax(output.occupancy_logits)[..., 1], output.voxel_features
 
         self._predict = jax.jit(predict)
@@ -77,22 +122,11 @@ class Predictor:
 
     def many(self, key_frames: Sequence[KeyFrame]) -> Iterator[Prediction]:
         """Predicts key frames, one on each of this host's devices at a time; pictures are decoded meanwhile."""
-        devices = self._mesh.size
-
-        def batch(start: int) -> dict[str, np.ndarray]:
-            # The last batch repeats its last key frame, so that one shape is compiled.
-            frames = [key_frames[min(start + i, len(key_frames) - 1)] for i in range(devices)]
-            examples = [make_example(frame, self._settings, None) for frame in frames]
-            return {name: np.stack([example[name] for example in examples]) for name in ("images", "lidar_to_image")}
-
-        starts = range(0, len(key_frames), devices)
-        with concurrent.futures.ThreadPoolExecutor(1) as decoder:
-            for start, decoded in zip(starts, decoder.map(batch, starts), strict=True):
-                arrays = jax.device_put(decoded, NamedSharding(self._mesh, PartitionSpec("data")))
-                with jax.set_mesh(self._mesh):
-                    occupancy, features = self._predict(self.restored, arrays["images"], arrays["lidar_to_image"])
-                for i in range(min(devices, len(key_frames) - start)):
-                    yield Prediction(np.asarray(occupancy[i]), np.asarray(features[i]))
+        for frames, arrays in self.batches(key_frames):
+            with jax.set_mesh(self.mesh):
+                occupancy, features = self._predict(self.restored, arrays["images"], arrays["lidar_to_image"])
+            for i in range(len(frames)):
+                yield Prediction(np.asarray(occupancy[i]), np.asarray(features[i]))
 
     def target(self, key_frame: KeyFrame) -> UInt8[np.ndarray, "x y z"] | None:
         """The semantic evaluation target of a key frame (`semantic_rays`), or None where it has no labels."""

@@ -119,16 +119,21 @@ class TPVHeads(nnx.Module):
             feature_points: where to decode features.
             voxel_features: whether to decode features at every voxel; training does not need them.
         """
-        x, y, z = (n * s for n, s in zip(self.grid_size, self.upscale, strict=True))
-        if self.upscale != (1, 1, 1):
-            sizes = ((y, x), (z, y), (x, z))
-            planes = TPVPlanes(*(resize_bilinear(p, size) for p, size in zip(planes, sizes, strict=True)))
+        planes = self.upscaled(planes)
         return Pop3DOutput(
             occupancy_logits=self.occupancy.decode_voxels(planes),
             voxel_features=self.features.decode_voxels(planes) if voxel_features else None,
             point_occupancy_logits=None if points is None else self.occupancy(sample_planes(planes, points)),
             point_features=None if feature_points is None else self.features(sample_planes(planes, feature_points)),
         )
+
+    def upscaled(self, planes: TPVPlanes) -> TPVPlanes:
+        """The planes on the heads' own grid: scaled up (bilinear) where it is finer than the encoder's."""
+        if self.upscale == (1, 1, 1):
+            return planes
+        x, y, z = (n * s for n, s in zip(self.grid_size, self.upscale, strict=True))
+        sizes = ((y, x), (z, y), (x, z))
+        return TPVPlanes(*(resize_bilinear(p, size) for p, size in zip(planes, sizes, strict=True)))
 
 
 def sample_planes(planes: TPVPlanes, points: Float[Array, "batch points 3"]) -> Float[Array, "batch points channels"]:

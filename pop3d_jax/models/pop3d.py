@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from pop3d_jax.models.fpn import FPN
 from pop3d_jax.models.heads import Pop3DOutput, TPVHeads
 from pop3d_jax.models.resnet import ResNet
-from pop3d_jax.models.tpv import Capture, TPVEncoder
+from pop3d_jax.models.tpv import Capture, TPVEncoder, TPVPlanes
 from pop3d_jax.ops.deformable_attention import Implementation
 from pop3d_jax.ops.deformable_conv import Implementation as ConvolutionImplementation
 from pop3d_jax.sharding import per_device
@@ -190,6 +190,22 @@ class Pop3D(nnx.Module):
             capture: a dict that receives intermediate arrays by name, for tests and studies.
 
         Raises:
+            ValueError: see `planes`.
+        """
+        planes = self.planes(images, lidar_to_image, dropout_key=dropout_key, capture=capture)
+        return self.heads(planes, points, feature_points, voxel_features=voxel_features)
+
+    def planes(
+        self,
+        images: Float[Array, "batch camera height width 3"],
+        lidar_to_image: Float[Array, "batch camera 4 4"],
+        *,
+        dropout_key: PRNGKeyArray | Array | None = None,
+        capture: Capture = None,
+    ) -> TPVPlanes:
+        """What the heads read; arguments as those of the call.
+
+        Raises:
             ValueError: the number of cameras is not the config's, or the images are not padded.
         """
         _, camera, height, width, _ = images.shape
@@ -198,8 +214,7 @@ class Pop3D(nnx.Module):
         if height % 32 or width % 32:
             raise ValueError(f"images of {height} x {width} pixels must be padded to multiples of 32")
         levels = self._pyramids(images, capture)
-        planes = self.encoder(levels, lidar_to_image, (height, width), dropout_key, capture)
-        return self.heads(planes, points, feature_points, voxel_features=voxel_features)
+        return self.encoder(levels, lidar_to_image, (height, width), dropout_key, capture)
 
     def _pyramids(
         self, images: Float[Array, "batch camera height width 3"], capture: Capture

@@ -1,4 +1,5 @@
-"""Facts of POP-3D's published protocols, shipped as JSON: zero-shot prompts and the retrieval benchmark."""
+"""Facts of published protocols, shipped as JSON: POP-3D's zero-shot prompts and retrieval benchmark, prompts for
+Occ3D's classes."""
 
 import dataclasses
 import functools
@@ -52,6 +53,13 @@ def retrieval_benchmark() -> dict[str, Any]:
     """The language-driven retrieval benchmark: `queries` (camera image and phrase), `expected_counts` per split
     and the published `expected_map`. Its point annotations are a separate download."""
     return _read("retrieval_benchmark.json")
+
+
+@functools.cache
+def occ3d_prompts() -> dict[str, dict[str, Any]]:
+    """Lists of phrases that methods ask Occ3D's classes with, by name: `source`, `licence`, `templates` (whether we
+    put the 85 of the zero-shot protocol around each phrase), and `phrases`, pairs of words and Occ3D's label."""
+    return _read("occ3d_prompts.json")
 
 
 def _read(name: str) -> Any:
