@@ -40,7 +40,8 @@ from data_prep.semantic_kitti_builder import SEQUENCES
 from data_prep.splits import scene_names
 from data_prep.world.kitti_recording import record_sequence
 from data_prep.world.pandaset_recording import record_pandaset_scene
-from data_prep.world.recording import SceneTask, record_scene
+from data_prep.world.recorded_scene import SceneTask
+from data_prep.world.recording import record_scene
 from data_prep.world.tables import write_tables
 from pop3d_jax.commands import run
 
