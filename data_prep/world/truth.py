@@ -1,6 +1,6 @@
 """The true occupancy of a grid around the car: which voxels the surface of the world runs through, and of what it is.
 
-The surface is the boundary of the union of ground and things, the recording car apart. It is sampled (`Spacing`), so a
+The surface is the boundary of the union of ground and things, the recording car apart. It is sampled (`SPACING`), so a
 voxel of which it cuts off only a corner smaller than a spacing may be missed; a point of the surface is never further
 than a spacing from an occupied voxel.
 """
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from data_prep.world.ground import SURFACE_LIDARSEG
 from data_prep.world.recorded_scene import RecordedKeyFrame, RecordedScene
 from data_prep.world.scene import Scene
-from data_prep.world.solids import PosedSolids, Solids
+from data_prep.world.solids import Solids
 from data_prep.world.surfaces import TILE, TOUCHING, inside_part, sample_surfaces
 from pop3d_jax.geometry import invert_rigid
 from pop3d_jax.nuscenes import LIDARSEG_TO_CLASS
