@@ -7,10 +7,10 @@ uint8 [200, 200, 16], the grid of `pop3d_jax.occ3d.grid` (ego frame at lidar tim
 world.json; where its tables or sweeps say something else than what is drawn, nothing is written for the scene.
 
 semantics     A voxel is occupied where the surface of the world runs through it: the boundary of the union of the
-              ground and of all things, the recording car apart. Its label is the lidarseg class (0 others) with the most
-              surface area in it. All else is 17, free, the insides of solids too: no sensor sees them, so no mask has
-              them. The surface is sampled every `data_prep.world.truth.SPACING` metres: a voxel of which it cuts off
-              less than that may be missed.
+              ground and of all things, the recording car apart. Its label is the lidarseg class (0 others) with the
+              most surface area in it. All else is 17, free, the insides of solids too: no sensor sees them, so no mask
+              has them. The surface is sampled every `data_prep.world.truth.SPACING` metres: a voxel of which it cuts
+              off less than that may be missed.
 mask_lidar    Voxels that lidar rays of the scene's key frames cross, or hit: what was hit is carried along with its
               thing to where that is at this key frame. Returns of the recording car are left out.
 mask_camera   Voxels whose centre some camera of this key frame sees: free ones before the first occupied voxel of the

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_prep.world import retrieval, views
 from data_prep.world.captions import scene_captions
+from data_prep.world.lidar import HDL_32E, Lidar
 from data_prep.world.recorded_scene import RecordedScene, SceneTask
 from data_prep.world.render import sensor_pose, sun_map, take_picture
 from data_prep.world.rig import LIDAR_SENSOR, Sensor, image_size
@@ -72,9 +73,9 @@ def attribute_token(name: str) -> str:
 class _Recorder:
     """One scene while it is being recorded."""
 
-    def __init__(self, task: SceneTask):
+    def __init__(self, task: SceneTask, lidar: Lidar):
         self.task = task
-        self.recorded = RecordedScene(task)
+        self.recorded = RecordedScene(task, lidar)
         self.scene, self.solids = self.recorded.scene, self.recorded.solids
         self.rows = SceneRows()
         self.log = f"world{task.seed}-{task.name}"
@@ -283,6 +284,6 @@ def _attributes(thing: Thing) -> list[str]:
     return [attribute_token("vehicle.moving" if moving else "vehicle.parked")]
 
 
-def record_scene(task: SceneTask) -> SceneRows:
-    """Writes a scene's files under the task's root and returns its rows; depends on nothing but the task."""
-    return _Recorder(task).record()
+def record_scene(task: SceneTask, lidar: Lidar = HDL_32E) -> SceneRows:
+    """Writes a scene's files under the task's root and returns its rows; depends on nothing but task and lidar."""
+    return _Recorder(task, lidar).record()
