@@ -40,7 +40,8 @@ from data_prep.semantic_kitti_builder import SEQUENCES
 from data_prep.splits import scene_names
 from data_prep.world.kitti_recording import record_sequence
 from data_prep.world.pandaset_recording import record_pandaset_scene
-from data_prep.world.recording import SceneTask, record_scene
+from data_prep.world.recorded_scene import SceneTask
+from data_prep.world.recording import record_scene
 from data_prep.world.tables import write_tables
 from pop3d_jax.commands import run
 
@@ -116,6 +117,21 @@ def _check_layout(layout: str) -> None:
         raise WorldError("--layout pandaset writes pandas tables: pip install 'pop3d-jax[pandaset]'")
 
 
+def scene_tasks(root: Path, world: dict[str, Any]) -> list[SceneTask]:
+    """What makes each scene of a world.
+
+    Args:
+      root: the world's folder.
+      world: content of its world.json.
+
+    Raises:
+      KeyError: a field is missing.
+    """
+    named = [(name, split) for split in ("train", "val") for name in world[f"{split}_scenes"]]
+    drawn = (world["keyframes"], world["image_scale"], world["camera_jitter"])
+    return [SceneTask(root, world["seed"], index, name, split, *drawn) for index, (name, split) in enumerate(named)]
+
+
 def build_world(
     out: Path,
     scenes: int,
@@ -149,11 +165,7 @@ def build_world(
         return False
     out.mkdir(parents=True, exist_ok=True)
     _write_world(out, world, complete=False)
-    tasks = [
-        SceneTask(out, seed, index, name, split, keyframes, image_scale, camera_jitter)
-        for index, (name, split) in enumerate(named)
-    ]
-    recorded = parallel.run(_RECORDERS[layout], tasks, workers, "recording scenes")
+    recorded = parallel.run(_RECORDERS[layout], scene_tasks(out, world), workers, "recording scenes")
     if layout == "nuscenes":
         write_tables(out, recorded)
     _write_world(out, world, complete=True)

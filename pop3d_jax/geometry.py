@@ -7,7 +7,7 @@ where float32 rounds by a tenth of a millimetre.
 """
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 
 
 def quaternion_to_rotation(quaternion: Float[np.ndarray, "4"]) -> Float[np.ndarray, "3 3"]:
@@ -50,6 +50,13 @@ def rigid_transform(rotation: Float[np.ndarray, "4"], translation: Float[np.ndar
     transform[:3, :3] = quaternion_to_rotation(rotation)
     transform[:3, 3] = translation
     return transform
+
+
+def apply_rigid(
+    transform: Float[np.ndarray, "4 4"], points: Float[np.ndarray, "points 3"]
+) -> Float64[np.ndarray, "points 3"]:
+    """Points in another frame."""
+    return points.astype(np.float64) @ transform[:3, :3].T + transform[:3, 3]
 
 
 def invert_rigid(transform: Float[np.ndarray, "*batch 4 4"]) -> Float[np.ndarray, "*batch 4 4"]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from data_prep.world.lidar import Lidar, Sweep, take_sweep
-from data_prep.world.recording import SceneTask
+from data_prep.world.recorded_scene import SceneTask
 from data_prep.world.render import Picture, SunMap, sensor_pose, sun_map, take_picture
 from data_prep.world.rig import Sensor, image_size
 from data_prep.world.scene import Scene, draw_scene

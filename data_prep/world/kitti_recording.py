@@ -14,7 +14,7 @@ from data_prep.world import views
 from data_prep.world.drive import Drive, write_file
 from data_prep.world.label_maps import SEMANTIC_KITTI_IDS
 from data_prep.world.lidar import HDL_64E
-from data_prep.world.recording import SceneTask
+from data_prep.world.recorded_scene import SceneTask
 from data_prep.world.rig import Sensor, mounted_cameras
 from pop3d_jax.geometry import invert_rigid
 

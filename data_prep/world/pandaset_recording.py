@@ -16,7 +16,7 @@ from data_prep.world import views
 from data_prep.world.drive import Drive, write_file, write_json
 from data_prep.world.label_maps import PANDASET_IDS
 from data_prep.world.lidar import PANDAR_64, PANDAR_GT
-from data_prep.world.recording import SceneTask
+from data_prep.world.recorded_scene import SceneTask
 from data_prep.world.rig import Sensor, mounted_cameras
 from pop3d_jax.geometry import rotation_to_quaternion
 from pop3d_jax.nuscenes import LIDARSEG_CATEGORIES

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,35 +11,20 @@ from PIL import Image
 
 from data_prep.world import retrieval, views
 from data_prep.world.captions import scene_captions
-from data_prep.world.lidar import take_sweep
+from data_prep.world.lidar import HDL_32E, Lidar
+from data_prep.world.recorded_scene import RecordedScene, SceneTask
 from data_prep.world.render import sensor_pose, sun_map, take_picture
-from data_prep.world.rig import KEYFRAME_MICROSECONDS, LIDAR_SENSOR, Sensor, image_size, mounted_cameras
-from data_prep.world.scene import Scene, Thing, draw_scene
-from data_prep.world.solids import Solids
+from data_prep.world.rig import LIDAR_SENSOR, Sensor, image_size
+from data_prep.world.scene import Thing
 from pop3d_jax.geometry import rotation_to_quaternion
 from pop3d_jax.nuscenes import LIDARSEG_CATEGORIES
 
 VERSION = "v1.0-trainval"
 # Boxes further from the car than this are not annotated, metres.
 _ANNOTATION_REACH = 80.0
-_FIRST_TIMESTAMP = 1_590_000_000_000_000
 _JPEG_QUALITY = 92
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class SceneTask:
-    """What a worker needs to record a scene."""
-
-    root: Path
-    seed: int
-    index: int
-    name: str
-    split: str
-    keyframes: int
-    image_scale: float
-    camera_jitter: float = 0.0
 
 
 @dataclass
@@ -89,16 +73,11 @@ def attribute_token(name: str) -> str:
 class _Recorder:
     """One scene while it is being recorded."""
 
-    def __init__(self, task: SceneTask):
+    def __init__(self, task: SceneTask, lidar: Lidar):
         self.task = task
-        layout, self.offsets = (np.random.default_rng([task.seed, task.index, part]) for part in (0, 1))
-        self.scene: Scene = draw_scene(layout, task.keyframes)
-        self.solids = Solids(self.scene)
-        self.cameras = mounted_cameras(task.camera_jitter, np.random.default_rng([task.seed, task.index, 3]))
+        self.recorded = RecordedScene(task, lidar)
+        self.scene, self.solids = self.recorded.scene, self.recorded.solids
         self.rows = SceneRows()
-        self.start = _FIRST_TIMESTAMP + task.index * 100_000_000
-        # Where the scene lies on the map: real recordings are hundreds of metres from the map's origin.
-        self.shift = np.array([*self.offsets.uniform(300, 1900, 2), 0.0])
         self.log = f"world{task.seed}-{task.name}"
 
     def token(self, *names: object) -> str:
@@ -131,7 +110,7 @@ class _Recorder:
                 "description": f"Synthetic world, {self.scene.weather.name}, {len(self.scene.ground.roads)} roads",
             }
         )
-        for sensor in (LIDAR_SENSOR, *self.cameras):
+        for sensor in (LIDAR_SENSOR, *self.recorded.cameras):
             is_camera = sensor.focal is not None
             tables["calibrated_sensor"].append(
                 {
@@ -149,8 +128,8 @@ class _Recorder:
 
     def _keyframe(self, k: int, sample: str, samples: list[str]) -> None:
         task = self.task
-        rng = np.random.default_rng([task.seed, task.index, 2, k])
-        timestamp = self.start + k * KEYFRAME_MICROSECONDS + int(rng.integers(-300, 301))
+        frame = self.recorded.key_frame(k)
+        timestamp, time, lidar_to_world, sweep = frame.timestamp, frame.time, frame.lidar_to_world, frame.sweep
         last = task.keyframes - 1
         self.rows.tables["sample"].append(
             {
@@ -161,9 +140,6 @@ class _Recorder:
                 "scene_token": self.token("scene"),
             }
         )
-        time = self._seconds(timestamp)
-        lidar_to_world = sensor_pose(self.scene, time, LIDAR_SENSOR.to_ego())
-        sweep = take_sweep(self.scene, self.solids, time, lidar_to_world, rng)
         lidar_row = self._sample_data(k, sample, LIDAR_SENSOR, timestamp, "pcd.bin", (0, 0))
         self._write(lidar_row["filename"], sweep.points.astype("<f4").tobytes())
         labels = f"lidarseg/{VERSION}/{lidar_row['token']}_lidarseg.bin"
@@ -174,8 +150,8 @@ class _Recorder:
         self._annotate(k, sample, time, sweep.points[:, :3] @ lidar_to_world[:3, :3].T + lidar_to_world[:3, 3])
 
         shadows = sun_map(self.scene, self.solids, time)
-        for sensor in self.cameras:
-            self._photograph(k, sample, sensor, timestamp + sensor.delay + int(rng.integers(-1500, 1501)), shadows)
+        for sensor, fired in zip(self.recorded.cameras, frame.camera_timestamps, strict=True):
+            self._photograph(k, sample, sensor, fired, shadows)
 
         if k > 0 and task.split == "train":
             return  # retrieval is judged on held-out scenes; of the others one key frame each is plenty
@@ -186,7 +162,7 @@ class _Recorder:
 
     def _photograph(self, k: int, sample: str, sensor: Sensor, timestamp: int, shadows) -> None:
         shape = image_size(self.task.image_scale)
-        time = self._seconds(timestamp)
+        time = self.recorded.seconds(timestamp)
         picture = take_picture(
             self.scene,
             self.solids,
@@ -215,13 +191,13 @@ class _Recorder:
         self, k: int, sample: str, sensor: Sensor, timestamp: int, suffix: str, shape: tuple[int, int]
     ) -> Row:
         tokens = [self.token("sample_data", j, sensor.channel) for j in (k - 1, k, k + 1)]
-        pose = self.scene.ego_to_world(self._seconds(timestamp))
+        pose = self.scene.ego_to_world(self.recorded.seconds(timestamp))
         self.rows.tables["ego_pose"].append(
             {
                 "token": tokens[1],
                 "timestamp": timestamp,
                 "rotation": rotation_to_quaternion(pose[:3, :3]).tolist(),
-                "translation": (pose[:3, 3] + self.shift).tolist(),
+                "translation": (pose[:3, 3] + self.recorded.shift).tolist(),
             }
         )
         row = {
@@ -262,7 +238,7 @@ class _Recorder:
                     "instance_token": instance,
                     "visibility_token": "",
                     "attribute_tokens": _attributes(thing),
-                    "translation": (np.array([x, y, z + height / 2]) + self.shift).tolist(),
+                    "translation": (np.array([x, y, z + height / 2]) + self.recorded.shift).tolist(),
                     "size": [width, length, height],
                     "rotation": [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))],
                     "prev": "",
@@ -293,9 +269,6 @@ class _Recorder:
                 }
             )
 
-    def _seconds(self, timestamp: int) -> float:
-        return (timestamp - self.start) * 1e-6
-
     def _write(self, name: str, content: bytes) -> None:
         path = self.task.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -311,6 +284,6 @@ def _attributes(thing: Thing) -> list[str]:
     return [attribute_token("vehicle.moving" if moving else "vehicle.parked")]
 
 
-def record_scene(task: SceneTask) -> SceneRows:
-    """Writes a scene's files under the task's root and returns its rows; depends on nothing but the task."""
-    return _Recorder(task).record()
+def record_scene(task: SceneTask, lidar: Lidar = HDL_32E) -> SceneRows:
+    """Writes a scene's files under the task's root and returns its rows; depends on nothing but task and lidar."""
+    return _Recorder(task, lidar).record()

@@ -204,6 +204,11 @@ class RecordSource:
         return self._sample_tokens
 
     @property
+    def shard_numbers(self) -> Int64[np.ndarray, " records"]:
+        """Number of the shard of each record; docs/record.md says what a shard holds."""
+        return self._shards
+
+    @property
     def dataset(self) -> str:
         """Name of the data set, as in `pop3d_jax.lidar_datasets`."""
         return self._dataset

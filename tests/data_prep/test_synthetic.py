@@ -14,7 +14,8 @@ from data_prep.splits import scene_names
 from data_prep.world import lidar, objects, rig
 from data_prep.world.ground import HeightField, Road, draw_height_field, trace_ground
 from data_prep.world.motion import Footprints, Standing
-from data_prep.world.recording import VERSION, SceneTask, record_scene
+from data_prep.world.recorded_scene import SceneTask
+from data_prep.world.recording import VERSION, record_scene
 from data_prep.world.render import sensor_pose, take_picture
 from data_prep.world.scene import draw_scene
 from data_prep.world.solids import Solids

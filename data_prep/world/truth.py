@@ -1,0 +1,166 @@
+"""The true occupancy of a grid around the car: which voxels the surface of the world runs through, and of what it is.
+
+The surface is the boundary of the union of ground and things, the recording car apart. It is sampled (`SPACING`), so a
+voxel of which it cuts off only a corner smaller than a spacing may be missed; a point of the surface is never further
+than a spacing from an occupied voxel.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from data_prep.world.ground import SURFACE_LIDARSEG
+from data_prep.world.recorded_scene import RecordedKeyFrame, RecordedScene
+from data_prep.world.scene import Scene
+from data_prep.world.solids import Solids
+from data_prep.world.surfaces import TILE, TOUCHING, inside_part, sample_surfaces
+from pop3d_jax.geometry import invert_rigid
+from pop3d_jax.nuscenes import LIDARSEG_TO_CLASS
+from pop3d_jax.occ3d.grid import FREE, OCC3D_VOLUME
+from pop3d_jax.occ3d.visibility import cell_indices, crossed_voxels
+from pop3d_jax.voxels import Volume
+
+# An eighth of a voxel's edge, metres; benchmarks/accumulated_truth.py tells what halving it changes.
+SPACING = 0.05
+# Slopes and the tilt of the car carry corners of the volume this much further sideways, metres.
+_TILT_REACH = 2.0
+
+
+class _Votes:
+    """Square metres of surface by voxel and label."""
+
+    def __init__(self, world_to_ego: Float[np.ndarray, "4 4"], volume: Volume):
+        self._to_ego, self._volume = world_to_ego, volume
+        self._area = np.zeros(volume.num_voxels * FREE)
+
+    def add(
+        self, points: Float[np.ndarray, "n 3"], lidarseg: UInt8[np.ndarray, " n"], area: Float[np.ndarray, " n"]
+    ) -> None:
+        """Counts samples; points relative to the car's place, along the world's axes."""
+        flat = cell_indices(points @ self._to_ego[:3, :3].T, self._volume)
+        inside = flat >= 0
+        key = flat[inside] * FREE + LIDARSEG_TO_CLASS[lidarseg[inside]]
+        self._area += np.bincount(key, area[inside], len(self._area))
+
+    def semantics(self) -> UInt8[np.ndarray, "x y z"]:
+        area = self._area.reshape(-1, FREE)
+        labels = np.where(area.max(1) > 0, area.argmax(1), FREE)
+        return labels.astype(np.uint8).reshape(self._volume.grid_size)
+
+
+def true_semantics(
+    scene: Scene, solids: Solids, time: float, volume: Volume = OCC3D_VOLUME, spacing: float = SPACING
+) -> UInt8[np.ndarray, "x y z"]:
+    """Occ3D's labels of a grid in the car's frame at a time in seconds: 0..16 by most surface area, 17 free."""
+    ego_to_world = scene.ego_to_world(time)
+    origin, world_to_ego = ego_to_world[:3, 3], invert_rigid(ego_to_world)
+    posed = solids.at(time, origin)
+    # The recording car is the last thing.
+    parts = solids.part_thing < len(solids.thing_number) - 1
+    votes = _Votes(world_to_ego, volume)
+    _add_things(votes, scene, solids, posed, parts, origin, world_to_ego, volume, spacing)
+    _add_ground(votes, scene, solids, posed, parts, ego_to_world, volume, spacing)
+    return votes.semantics()
+
+
+def _add_things(votes, scene, solids, posed, parts, origin, world_to_ego, volume, spacing) -> None:
+    low, high = np.array(volume.minimum) - TILE, np.array(volume.maximum) + TILE
+
+    def near(points: Float[np.ndarray, "n 3"]) -> Bool[np.ndarray, " n"]:
+        own = points @ world_to_ego[:3, :3].T
+        return ((own >= low) & (own <= high)).all(1)
+
+    reach = np.linalg.norm(np.maximum(np.abs(low), np.abs(high)))
+    corners = posed.corners
+    around = (corners.min(1) <= reach).all(1) & (corners.max(1) >= -reach).all(1)
+    samples = sample_surfaces(solids, posed, parts & around, spacing, near)
+    points = samples.points
+    soil = scene.ground.field.height(points[:, 0] + origin[0], points[:, 1] + origin[1]) - origin[2]
+    above = points[:, 2] > soil + TOUCHING
+    thing = solids.part_thing[samples.part[above]]
+    votes.add(points[above], solids.thing_lidarseg[thing], samples.area[above])
+
+
+def _add_ground(votes, scene, solids, posed, parts, ego_to_world, volume, spacing) -> None:
+    """The ground on a lattice along the car's heading, without what lies under or in a solid."""
+    origin = ego_to_world[:3, 3]
+    heading = np.arctan2(ego_to_world[1, 0], ego_to_world[0, 0])
+    c, s = np.cos(heading), np.sin(heading)
+    ends = [(volume.minimum[k] - _TILT_REACH, volume.maximum[k] + _TILT_REACH) for k in (0, 1)]
+    along, across = (np.arange(low, high, spacing) + spacing / 2 for low, high in ends)
+    x, y = c * along[:, None] - s * across, s * along[:, None] + c * across
+    world_x, world_y = x + origin[0], y + origin[1]
+    z = scene.ground.field.height(world_x, world_y) - origin[2]
+    points = np.stack([x, y, z], -1)
+    seen = np.ones(z.shape, bool)
+    low, high = posed.corners.min(1), posed.corners.max(1)
+    beside = np.stack([c * posed.corners[..., 0] + s * posed.corners[..., 1],
+                       c * posed.corners[..., 1] - s * posed.corners[..., 0]], -1)  # fmt: skip
+    first = np.floor((beside.min(1) - (along[0], across[0])) / spacing).astype(int)
+    last = np.ceil((beside.max(1) - (along[0], across[0])) / spacing).astype(int) + 1
+    first, last = np.clip(first, 0, z.shape), np.clip(last, 0, z.shape)
+    for part in np.flatnonzero(parts & (last > first).all(1)):
+        where = np.s_[first[part, 0] : last[part, 0], first[part, 1] : last[part, 1]]
+        height = z[where]
+        if height.max() >= low[part, 2] - TOUCHING and height.min() <= high[part, 2] + TOUCHING:
+            seen[where] &= ~inside_part(solids, posed, part, points[where].reshape(-1, 3)).reshape(height.shape)
+    slope = np.gradient(z, spacing)
+    area = spacing**2 * np.sqrt(1 + slope[0] ** 2 + slope[1] ** 2)
+    surface, _, _ = scene.ground.surface(world_x[seen].astype(np.float32), world_y[seen].astype(np.float32))
+    votes.add(points[seen], SURFACE_LIDARSEG[surface], area[seen])
+
+
+def lidar_mask(
+    recorded: RecordedScene, frames: list[RecordedKeyFrame], number: int, volume: Volume = OCC3D_VOLUME
+) -> Bool[np.ndarray, "x y z"]:
+    """Voxels of a key frame's grid that rays of the scene's sweeps cross or hit.
+
+    Rays lie where they were measured. What they hit is carried along with its thing to where that is at this key frame.
+    Returns of the recording car are left out.
+
+    Args:
+      recorded: the scene.
+      frames: all its key frames.
+      number: of the key frame whose grid it is.
+      volume: the grid, in the car's frame.
+    """
+    solids = recorded.solids
+    now = frames[number].time
+    world_to_ego = invert_rigid(recorded.scene.ego_to_world(now))
+    there = solids.poses(now)
+    observed = np.zeros(volume.num_voxels, bool)
+
+    def to_ego(points):
+        return points @ world_to_ego[:3, :3].T + world_to_ego[:3, 3]
+
+    for frame in frames:
+        foreign = frame.sweep.number != solids.thing_number[-1]
+        pose = frame.lidar_to_world
+        points = frame.sweep.points[foreign, :3].astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
+        starts = np.broadcast_to(to_ego(pose[:3, 3]), points.shape)
+        observed |= crossed_voxels(starts, to_ego(points), volume).reshape(-1)
+        carried = _carried(solids, frame.sweep.number[foreign], points, solids.poses(frame.time), there)
+        hit = cell_indices(to_ego(carried), volume)
+        observed[hit[hit >= 0]] = True
+    return observed.reshape(volume.grid_size)
+
+
+def _carried(
+    solids: Solids,
+    number: Int[np.ndarray, " points"],
+    points: Float[np.ndarray, "points 3"],
+    poses: Float[np.ndarray, "things 4"],
+    there: Float[np.ndarray, "things 4"],
+) -> Float[np.ndarray, "points 3"]:
+    """Points in the world after their things moved from `poses` to `there`; the ground stays."""
+    index = np.full(int(max(number.max(initial=0), solids.thing_number.max())) + 1, -1)
+    index[solids.thing_number] = np.arange(len(solids.thing_number))
+    thing = index[number]
+    on_thing = thing >= 0
+    thing = thing[on_thing]
+    offset = points[on_thing] - poses[thing, :3]
+    turn = there[thing, 3] - poses[thing, 3]
+    c, s = np.cos(turn), np.sin(turn)
+    turned = np.stack([c * offset[:, 0] - s * offset[:, 1], s * offset[:, 0] + c * offset[:, 1], offset[:, 2]], 1)
+    moved = points.copy()
+    moved[on_thing] = turned + there[thing, :3]
+    return moved
