@@ -37,7 +37,7 @@ from pop3d_jax.occ3d.report import RAYIOU, RULE_NAMES, format_report, rows_of
 from pop3d_jax.occ3d.sources import LABEL_SETS, Scored, ScoredFiles, ScoredRun, ScoredStore, is_run, is_store
 from pop3d_jax.occ3d.store_labels import StoreLabels
 from pop3d_jax.occ3d.student_labels import StudentLabels
-from pop3d_jax.occ3d.tally import Tally
+from pop3d_jax.occ3d.tally import Tally, cast
 from pop3d_jax.progress import progress
 from pop3d_jax.shared_flags import define_records_flags, define_report_flags
 from pop3d_jax.workdir import WorkdirError, read_config
@@ -109,8 +109,10 @@ def evaluate_occupancy(
     pairs = zip(choice.scored, scored.grids(choice.scored), strict=True)
     for token, (labels, unseen) in progress(pairs, len(choice.scored), "scoring key frames"):
         frame = truth[token]
+        starts = origins.get(token)
+        true_rays = None if starts is None else cast(frame.semantics, starts)
         for name, tally in tallies.items():
-            tally.add(frame, labels[name], unseen=unseen, origins=origins.get(token))
+            tally.add(frame, labels[name], unseen=unseen, origins=starts, true_rays=true_rays)
     return {
         "method": method or epath.Path(predictions).name,
         "predictions": predictions,

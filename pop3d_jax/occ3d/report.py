@@ -25,21 +25,24 @@ def rows_of(tally: Tally, rules: Sequence[str], masks: Sequence[str]) -> list[di
             continue
         for mask in masks:
             scores = score(rule, tally.confusion[mask])
-            voxels = tally.confusion[mask].sum()
             rows.append(
                 {
                     "rule": rule,
                     "mask": mask,
                     "classes": [OCC3D_CLASSES[label] for label in RULES[rule].classes],
-                    "classes_in_mean": scores.classes_in_mean,
+                    "classes_in_mean": len(scores.classes_in_mean),
                     "miou": 100.0 * scores.miou,
                     "iou": 100.0 * scores.iou,
                     "per_class_iou": _by_name(scores.per_class),
-                    "voxels": int(voxels),
-                    "unseen_percent": 100.0 * tally.unseen[mask] / voxels if voxels else 0.0,
+                    "voxels": scores.n_voxels,
+                    "unseen_percent": _share(tally.unseen[mask], int(tally.confusion[mask].sum())),
                 }
             )
     return rows
+
+
+def _share(part: int, whole: int) -> float:
+    return 100.0 * part / whole if whole else 0.0
 
 
 def _ray_row(tally: Tally) -> dict[str, Any]:
