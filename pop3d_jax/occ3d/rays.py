@@ -1,7 +1,7 @@
 """Rays through a labelled grid: the first occupied voxel of each, and where the ray leaves it.
 
-The rules are those of RayIoU's official caster (SparseOcc, Liu et al. 2024, `lib/dvr` and `loaders/ray_metrics.py`), and
-its answers are repeated bit for bit:
+The rules are those of RayIoU's official caster (SparseOcc, Liu et al. 2024, `lib/dvr` and `loaders/ray_metrics.py`),
+and its answers are repeated bit for bit:
 
 - Origin and a point one metre further along the ray are brought into voxels and rounded to float32; the ray is what
   joins the two rounded points. From there on everything is float64.
@@ -19,8 +19,8 @@ of 200 x 200 x 16 never is.
 
 **Precision and memory.** The walk needs float64, which is switched on for it alone. What it does on the device is add,
 compare and look up, so its numbers do not depend on how a compiler contracts multiplications; all else is prepared on
-the host. The rays of one origin at a time are prepared, about 200 bytes a ray, and walk in lots of 2,048, each until its
-last ray is done.
+the host. Rays walk in lots of 2,048, each lot until its last ray is done; beside grids and answers memory is some 250
+bytes a ray of all origins.
 """
 
 import jax
