@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
+from benchmarks.measure import peak_mebibytes
 from benchmarks.report import Table
 from data_prep.check_records import check_records
 from data_prep.nuscenes_tables import read_tables
