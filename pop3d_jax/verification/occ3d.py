@@ -106,7 +106,7 @@ def tiny_rays(golden_file: GoldenFile) -> Iterator[Check]:
         cast += flat
     official = facts["rayiou_per_threshold_per_class"]
     counts = count_cast_rays(*cast, thresholds=_thresholds(official))
-    yield exact("tiny: valid rays", counts.predicted.sum(), np.asarray(facts["n_valid"]))
+    yield exact("tiny: valid rays", np.asarray(counts.predicted.sum()), np.asarray(facts["n_valid"]))
     scores = ray_iou(counts)
     yield _numbers("tiny: rayiou_per_threshold_per_class", scores.per_class, list(official.values()))
     means = [scores.ray_iou, *scores.per_threshold]
