@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +30,12 @@ def timed(function: Callable[..., Any], arguments: tuple) -> float:
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     return time.perf_counter() - start
+
+
+def peak_mebibytes() -> float:
+    """Largest resident set of this program. Not getrusage's, which a child inherits from the process that forked it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def medians_in_turns(calls: Sequence[tuple[Callable[..., Any], tuple]], repeats: int) -> list[float]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
+from benchmarks.measure import peak_mebibytes
 from benchmarks.report import Table
 from data_prep.check_records import check_records
 from data_prep.nuscenes_tables import read_tables
@@ -110,18 +111,12 @@ def _write_tables(folder: Path, scale: float) -> int:
     return written
 
 
-def _peak_mebibytes() -> float:
-    """Largest resident set of this program. Not getrusage's, which a child inherits from the process that forked it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
 def _read_measured(folder: Path, results: multiprocessing.Queue) -> None:
-    before = _peak_mebibytes()
+    before = peak_mebibytes()
     start = time.perf_counter()
     tables = read_tables(folder, "v1.0-trainval", "train")
     seconds = time.perf_counter() - start
-    results.put((seconds, before, _peak_mebibytes(), sum(len(scene.key_frames) for scene in tables.scenes)))
+    results.put((seconds, before, peak_mebibytes(), sum(len(scene.key_frames) for scene in tables.scenes)))
 
 
 def _measure_tables(scale: float, table: Table) -> None:

@@ -29,10 +29,8 @@ def lidar_origins(
       At most 8 places, metres, ego frame of the reference.
 
     Raises:
-      ValueError: as many calibrations as poses are needed, and the reference among them.
+      ValueError: the reference is not one of the key frames.
     """
-    if len(lidar_to_ego) != len(ego_to_global):
-        raise ValueError(f"lidar_origins: {len(lidar_to_ego)} calibrations for {len(ego_to_global)} poses")
     if not 0 <= reference < len(ego_to_global):
         raise ValueError(f"lidar_origins: reference {reference} of {len(ego_to_global)} key frames")
     to_reference = invert_rigid(lidar_to_ego[reference]) @ invert_rigid(ego_to_global[reference])

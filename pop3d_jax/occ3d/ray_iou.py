@@ -1,8 +1,8 @@
 """RayIoU (SparseOcc, Liu et al. 2024): IoU over lidar-like rays instead of voxels.
 
-A ray counts if it hits something in the ground truth; rays that are free there are dropped whatever the prediction says.
-It is right if the prediction's first voxel has the same class and ends less than a threshold nearer or farther.
-No mask is used. `rays.py` casts, `origins.py` finds the places to cast from.
+A ray counts if it hits something in the ground truth; rays that are free there are dropped, whatever the prediction
+says. It is right if what it hits in the prediction has the same class and its far side is less than a threshold nearer
+or farther. No mask is used. `rays.py` casts, `origins.py` finds the places to cast from.
 """
 
 import dataclasses

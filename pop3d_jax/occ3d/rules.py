@@ -125,7 +125,7 @@ class RuleScores:
     Attributes:
       rule: its name in `RULES`.
       n_voxels: voxels that the rule counts for its classes.
-      per_class: IoU of labels 0 to 17; NaN where the rule leaves the class out, wherever that is. Free is in no mean.
+      per_class: IoU of labels 0 to 17, those that are in no mean too; NaN where the rule leaves one out.
       classes_in_mean: the labels of which `miou` is the mean.
       miou: their mean.
       binary: counts of occupied (0) and free (1) voxels; rows are ground truth.
@@ -172,7 +172,6 @@ def score(rule_name: str, confusion: Integer[np.ndarray, "19 18"]) -> RuleScores
     labelled = counts[:NUM_LABELS]
     truth, predicted = labelled.sum(1), labelled.sum(0)
     per_class = intersection_over_union(np.diagonal(labelled), truth, predicted, rule.epsilon)
-    per_class[list(rule.dropped)] = np.nan
     if not rule.only_predicted_counts:
         per_class[truth == 0] = np.nan
     values = per_class[list(rule.classes)]

@@ -11,6 +11,7 @@ from pop3d_jax.verification import (
     maskclip_plus,
     metrics,
     network,
+    occ3d,
     operations,
     scalr_steps,
     scalr_training,
@@ -64,6 +65,12 @@ FAMILIES: tuple[tuple[str, Callable[[GoldenFile], Iterator[Check]]], ...] = (
     ("scalr_training", scalr_steps.probing),
     ("dinov2", dinov2.stages),
     ("dinov2", dinov2.teacher),
+    ("occ3d", occ3d.protocol),
+    ("occ3d", occ3d.tiny_voxels),
+    ("occ3d", occ3d.voxels),
+    ("occ3d", occ3d.tiny_rays),
+    ("occ3d", occ3d.rays),
+    ("occ3d", occ3d.origins),
     (FULL_SIZE, full_size.full_size),
 )
 
