@@ -4,8 +4,8 @@
 
 The heads of the published size (planes of 100 x 100 x 8 voxels and 256 numbers, features of 512) with random weights,
 whose bias is set so that a given share of the network's own voxels is occupied; planes are smooth noise, phrases
-random vectors, as many as POP-3D's sub-prompts. Backbone and encoder, the same for both, are not in it. One round calls all of
-them, one after the other; the ratio is that of the medians. Memory is the compiler's count of temporaries.
+random vectors, as many as POP-3D's sub-prompts. Backbone and encoder, the same for both, are not in it. One round
+calls all of them, one after the other; the ratio is that of the medians. Memory is the compiler's count of temporaries.
 """
 
 import jax
