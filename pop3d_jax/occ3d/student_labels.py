@@ -8,6 +8,7 @@ number of occupied voxels.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +153,7 @@ class StudentLabels:
             planes = model.planes(network_images(batch["images"]), batch["lidar_to_image"])
             graph, state = nnx.split(model.heads)
 
-            def decode(state: nnx.State, text: LabelText, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def decode(state: Any, text: LabelText, *arrays: Any) -> tuple[jax.Array, jax.Array]:
                 heads = nnx.merge(graph, state)
 
                 def one(example: tuple[TPVPlanes, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
