@@ -20,14 +20,17 @@ _HALF_PIXEL = 0.5
 
 def cell_indices(points: Float[np.ndarray, "points 3"], volume: Volume) -> Int[np.ndarray, " points"]:
     """Flat index (C order of [x, y, z]) of the voxel that holds each point, metres; -1 outside, borders go up."""
-    cells = np.floor(_in_cells(points, volume)).astype(np.int64)
-    inside = ((cells >= 0) & (cells < volume.grid_size)).all(-1)
-    flat = (cells[:, 0] * volume.grid_size[1] + cells[:, 1]) * volume.grid_size[2] + cells[:, 2]
-    return np.where(inside, flat, -1)
+    cells = _in_cells(points, volume)
+    np.floor(cells, out=cells)
+    (x, y, z), (nx, ny, nz) = cells.T, volume.grid_size
+    inside = (x >= 0) & (y >= 0) & (z >= 0) & (x < nx) & (y < ny) & (z < nz)
+    return np.where(inside, (x * ny + y) * nz + z, -1).astype(np.int64)
 
 
 def _in_cells(points: Float[np.ndarray, "*n 3"], volume: Volume) -> Float64[np.ndarray, "*n 3"]:
-    return (points - np.array(volume.minimum)) / np.array(volume.voxel_size)
+    cells = points - np.array(volume.minimum)
+    cells /= np.array(volume.voxel_size)
+    return cells
 
 
 class _Rays:
