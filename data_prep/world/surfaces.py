@@ -146,10 +146,13 @@ def inside_part(
 ) -> Bool[np.ndarray, " n"]:
     """Which points lie in a part or touch it; points relative to the posed solids' origin, metres."""
     if part < solids.flats:
-        planes = posed.planes[part].astype(np.float64)
-        return ((points @ planes[:, :3].T - planes[:, 3]) <= TOUCHING).all(1)
+        x, y, z = points.T
+        inside = np.ones(len(points), bool)
+        for a, b, c, d in posed.planes[part].astype(np.float64):
+            inside &= a * x + b * y + c * z <= d + TOUCHING
+        return inside
     k = part - solids.flats
-    local = (points - posed.centre[k]) @ posed.rotation[k].astype(np.float64)
+    local = np.einsum("nj,ji->ni", points - posed.centre[k], posed.rotation[k].astype(np.float64))
     a, b, c = solids.round_dims[k].astype(np.float64)
     if solids.round_kind[k] == Roundness.ELLIPSOID:
         return ((local / ((a, b, c) + np.float64(TOUCHING))) ** 2).sum(1) <= 1

@@ -13,7 +13,7 @@ from data_prep.world.recorded_scene import RecordedKeyFrame, RecordedScene
 from data_prep.world.scene import Scene
 from data_prep.world.solids import PosedSolids, Solids
 from data_prep.world.surfaces import TILE, TOUCHING, inside_part, sample_surfaces
-from pop3d_jax.geometry import invert_rigid
+from pop3d_jax.geometry import apply_rigid, invert_rigid
 from pop3d_jax.nuscenes import LIDARSEG_TO_CLASS
 from pop3d_jax.occ3d.grid import OCC3D_VOLUME
 from pop3d_jax.occ3d.majority import majority_labels
@@ -32,14 +32,14 @@ class _Votes:
     """Square metres of surface by voxel and label."""
 
     def __init__(self, world_to_ego: Float[np.ndarray, "4 4"], volume: Volume):
-        self._to_ego, self._volume = world_to_ego, volume
+        self._to_ego, self._volume = _turn_of(world_to_ego), volume
         self._voxels, self._lidarseg, self._area = [], [], []
 
     def add(
         self, points: Float[np.ndarray, "n 3"], lidarseg: UInt8[np.ndarray, " n"], area: Float[np.ndarray, " n"]
     ) -> None:
         """Counts samples; points relative to the car's place, along the world's axes."""
-        voxels = cell_indices(points @ self._to_ego[:3, :3].T, self._volume)
+        voxels = cell_indices(apply_rigid(self._to_ego, points), self._volume)
         inside = voxels >= 0
         self._voxels.append(voxels[inside])
         self._lidarseg.append(lidarseg[inside])
@@ -48,6 +48,13 @@ class _Votes:
     def semantics(self) -> UInt8[np.ndarray, "x y z"]:
         voxels, lidarseg, area = (np.concatenate(part) for part in (self._voxels, self._lidarseg, self._area))
         return majority_labels(voxels, LIDARSEG_TO_CLASS[lidarseg], self._volume, area)
+
+
+def _turn_of(transform: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "4 4"]:
+    """The transform without its shift."""
+    turn = np.eye(4)
+    turn[:3, :3] = transform[:3, :3]
+    return turn
 
 
 def true_semantics(
@@ -66,10 +73,11 @@ def true_semantics(
 
 
 def _add_things(votes, scene, solids, posed, parts, origin, world_to_ego, volume, spacing) -> None:
+    turn = _turn_of(world_to_ego)
     low, high = np.array(volume.minimum) - TILE, np.array(volume.maximum) + TILE
 
     def near(points: Float[np.ndarray, "n 3"]) -> Bool[np.ndarray, " n"]:
-        own = points @ world_to_ego[:3, :3].T
+        own = apply_rigid(turn, points)
         return ((own >= low) & (own <= high)).all(1)
 
     reach = np.linalg.norm(np.maximum(np.abs(low), np.abs(high)))
@@ -154,17 +162,15 @@ def lidar_mask(
     there = solids.poses(now)
     observed = np.zeros(volume.num_voxels, bool)
 
-    def to_ego(points):
-        return points @ world_to_ego[:3, :3].T + world_to_ego[:3, 3]
-
     for frame in frames:
         foreign = frame.sweep.number != solids.thing_number[-1]
         pose = frame.lidar_to_world
-        points = frame.sweep.points[foreign, :3].astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
-        starts = np.broadcast_to(to_ego(pose[:3, 3]), points.shape)
-        observed |= crossed_voxels(starts, to_ego(points), volume).reshape(-1)
+        points = apply_rigid(pose, frame.sweep.points[foreign, :3])
+        start = apply_rigid(world_to_ego, pose[None, :3, 3])
+        crossed = crossed_voxels(np.broadcast_to(start, points.shape), apply_rigid(world_to_ego, points), volume)
+        observed |= crossed.reshape(-1)
         carried = _carried(solids, frame.sweep.number[foreign], points, solids.poses(frame.time), there)
-        hit = cell_indices(to_ego(carried), volume)
+        hit = cell_indices(apply_rigid(world_to_ego, carried), volume)
         observed[hit[hit >= 0]] = True
     return observed.reshape(volume.grid_size)
 

@@ -153,10 +153,11 @@ def camera_mask(
       volume: the grid.
     """
     seen = np.zeros(volume.num_voxels, bool)
-    centres = np.stack(np.unravel_index(np.arange(volume.num_voxels), volume.grid_size), 1) + 0.5
-    centres = centres * volume.voxel_size + volume.minimum
+    sides = zip(volume.minimum, volume.voxel_size, volume.grid_size, strict=True)
+    axes = [low + (np.arange(cells) + 0.5) * size for low, size, cells in sides]
+    x, y, z = np.meshgrid(*axes, sparse=True, indexing="ij")
     for matrix, pose, (height, width) in zip(intrinsics, ego_to_camera, image_sizes, strict=True):
-        u, v, depth = (matrix @ pose[:3]) @ np.concatenate([centres.T, np.ones((1, len(centres)))])
+        u, v, depth = ((a * x + b * y + c * z + d).reshape(-1) for a, b, c, d in matrix @ pose[:3])
         ahead = depth > 0
         low, right, bottom = -_HALF_PIXEL, width - _HALF_PIXEL, height - _HALF_PIXEL
         ahead &= (u >= low * depth) & (u < right * depth) & (v >= low * depth) & (v < bottom * depth)
