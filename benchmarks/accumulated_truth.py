@@ -3,8 +3,8 @@
     python -m benchmarks.accumulated_truth [--scenes 4 --keyframes 10 --seed 0] [--json docs/results]
 
 A world is drawn and recorded with tiny images (cameras see by geometry alone), its true labels are made
-(`data_prep.dense_labels`), and ground truth is accumulated from its records and boxes. Sums over all key frames; times are
-processor time, so that other work on the machine does not count.
+(`data_prep.dense_labels`), and ground truth is accumulated from its records and boxes. Sums over all key frames.
+Seconds are processor time, so that other work on the machine does not count.
 """
 
 import statistics

@@ -182,8 +182,8 @@ def sample_surfaces(
     )
     order = np.argsort(part, kind="stable")
     points, part, area = points[order], part[order], area[order]
-    present, first = np.unique(part, return_index=True)
-    slices = [slice(*ends) for ends in zip(first, [*first[1:], len(part)], strict=True)]
+    present, first, counts = np.unique(part, return_index=True, return_counts=True)
+    slices = [slice(start, start + count) for start, count in zip(first, counts, strict=True)]
     # A round part's box of corners may be turned: its axis-parallel hull holds it all the same.
     low, high = posed.corners.min(1) - TOUCHING, posed.corners.max(1) + TOUCHING
     hidden = np.zeros(len(part), bool)

@@ -13,8 +13,8 @@ For a key frame, the points of all key frames of its scene are brought to its eg
 - Everything else is free in `semantics`. Only the masks say what is known.
 
 `mask_lidar` has the voxels with points and those that rays pass on their way to a return, wherever it is moved to.
-`mask_camera` has the voxels of `mask_lidar` whose centre some camera of the key frame sees, with nothing occupied
-before it: where no ray passed there is no ground truth to see.
+`mask_camera` has the voxels of `mask_lidar` that some camera of the key frame sees, with nothing occupied before them:
+where no ray passed there is no ground truth to see.
 """
 
 import dataclasses

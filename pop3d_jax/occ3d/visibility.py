@@ -105,10 +105,13 @@ def visible_from(
     occupied: Bool[np.ndarray, "x y z"],
     volume: Volume,
 ) -> Bool[np.ndarray, " voxels"]:
-    """Whether nothing occupied lies between a place and the centres of voxels; that of the place itself is no bar.
+    """Whether voxels are seen: nothing occupied lies before the centre of one of their faces that look at the place.
+
+    Not their own centres: of level ground seen at a low angle, every voxel's centre lies behind the voxels before it,
+    and its upper face before none.
 
     Args:
-      origin: metres, frame of the volume; may lie outside.
+      origin: metres, frame of the volume; may lie outside. What is in the place's own voxel is no bar.
       voxels: flat indices; they may be occupied themselves.
       occupied: what blocks the sight.
       volume: the grid.
@@ -117,8 +120,26 @@ def visible_from(
     own = cell_indices(origin[None], volume)[0]
     if own >= 0:
         solid[own] = False
-    ends = np.stack(np.unravel_index(voxels, volume.grid_size), 1) + 0.5
+    cells = np.stack(np.unravel_index(voxels, volume.grid_size), 1)
     start = _in_cells(origin, volume)
+    seen = np.zeros(len(voxels), bool)
+    for axis in (2, 0, 1):
+        below, above = start[axis] < cells[:, axis], start[axis] > cells[:, axis] + 1
+        left = np.flatnonzero((below | above) & ~seen)
+        faces = cells[left] + 0.5
+        faces[:, axis] = cells[left, axis] + above[left]
+        seen[left] = _clear(start, faces, voxels[left], solid, volume)
+    return seen
+
+
+def _clear(
+    start: Float64[np.ndarray, "3"],
+    ends: Float64[np.ndarray, "voxels 3"],
+    voxels: Int[np.ndarray, " voxels"],
+    solid: Bool[np.ndarray, " cells"],
+    volume: Volume,
+) -> Bool[np.ndarray, " voxels"]:
+    """Whether the way from a place to each end, in units of cells, is free but for the end's own voxel."""
     clear = np.arange(len(voxels))
     # Few planes across z, and they stop all that lies below the ground: the long way is left to the others.
     for axis in (2, 0, 1):
@@ -129,9 +150,9 @@ def visible_from(
             ray, flat = ray[hit], flat[hit]
             blocked[ray[flat != voxels[clear[ray]]]] = True
         clear = clear[~blocked]
-    seen = np.zeros(len(voxels), bool)
-    seen[clear] = True
-    return seen
+    found = np.zeros(len(voxels), bool)
+    found[clear] = True
+    return found
 
 
 def camera_mask(
@@ -141,7 +162,7 @@ def camera_mask(
     image_sizes: list[tuple[int, int]],
     volume: Volume,
 ) -> Bool[np.ndarray, "x y z"]:
-    """Voxels that some camera sees: the centre falls into its image and nothing occupied lies before it.
+    """Voxels that some camera sees: the centre falls into its image, and they are `visible_from` its place.
 
     Free voxels before the first occupied one of a line of sight, and that one itself.
 

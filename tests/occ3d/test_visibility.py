@@ -76,6 +76,15 @@ def test_points_on_borders_belong_to_the_upper_voxel_and_outside_to_none():
     assert cell_indices(points, CUBES).tolist() == [0, 36 + 12 + 3, 215, -1, -1]
 
 
+def _faces_towards(origin, centre):
+    """Centres of a voxel's faces that look at a place, a hair within the voxel."""
+    for axis, half in enumerate(np.array(VOLUME.voxel_size) / 2):
+        if abs(origin[axis] - centre[axis]) > half:
+            face = centre.copy()
+            face[axis] += np.copysign(half - 1e-9, origin[axis] - centre[axis])
+            yield face
+
+
 def test_what_is_seen_is_what_no_occupied_voxel_lies_before():
     rng = np.random.default_rng(1)
     occupied = rng.random(VOLUME.grid_size) < 0.1
@@ -87,7 +96,12 @@ def test_what_is_seen_is_what_no_occupied_voxel_lies_before():
         own = cell_indices(origin[None], VOLUME)[0]
         if own >= 0:
             solid.reshape(-1)[own] = False
-        expected = [not (_crossed_one_by_one(origin, centre, VOLUME) & solid).any() for centre in centres]
+        expected = [
+            any(
+                not (_crossed_one_by_one(origin, face, VOLUME) & solid).any() for face in _faces_towards(origin, centre)
+            )
+            for centre in centres
+        ]
         seen = visible_from(origin, np.arange(VOLUME.num_voxels), occupied, VOLUME)
         np.testing.assert_array_equal(seen, expected)
         assert 0.02 < seen.mean() < 0.98
@@ -110,3 +124,13 @@ def test_a_camera_sees_as_far_as_the_wall_and_within_its_image():
     wide = np.repeat(ego_to_camera[None], 2, 0)
     both = camera_mask(np.zeros_like(occupied), np.stack([intrinsics] * 2), wide, [(12, 16), (2, 2)], CUBES)
     np.testing.assert_array_equal(both, in_image)
+
+
+def test_level_ground_is_seen_far_away():
+    flat = Volume((0.0, 0.0, 0.0), (40.0, 3.0, 3.0), (100, 3, 6))
+    ground = np.zeros(flat.grid_size, bool)
+    ground[:, :, 0] = True
+    row = np.ravel_multi_index((np.arange(100), np.ones(100, int), np.zeros(100, int)), flat.grid_size)
+    origin = np.array([0.1, 1.4, 2.2])
+    assert visible_from(origin, row, ground, flat).all()
+    assert not visible_from(origin, row[1:], np.roll(ground, 1, 2) | ground, flat).any()
