@@ -13,8 +13,8 @@ semantics     A voxel is occupied where the surface of the world runs through it
               off less than that may be missed.
 mask_lidar    Voxels that lidar rays of the scene's key frames cross, or hit: what was hit is carried along with its
               thing to where that is at this key frame. Returns of the recording car are left out.
-mask_camera   Voxels whose centre some camera of this key frame sees: free ones before the first occupied voxel of the
-              line of sight, and that one itself.
+mask_camera   Voxels that some camera of this key frame sees: free ones before the first occupied voxel of a line of
+              sight, and that one itself (`pop3d_jax.occ3d.visibility.camera_mask`).
 """
 
 import dataclasses

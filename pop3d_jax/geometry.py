@@ -55,8 +55,9 @@ def rigid_transform(rotation: Float[np.ndarray, "4"], translation: Float[np.ndar
 def apply_rigid(
     transform: Float[np.ndarray, "4 4"], points: Float[np.ndarray, "points 3"]
 ) -> Float64[np.ndarray, "points 3"]:
-    """Points in another frame."""
-    return points.astype(np.float64) @ transform[:3, :3].T + transform[:3, 3]
+    """Points in another frame, column by column: the threads of a matrix product cost more than three columns are."""
+    x, y, z = points.astype(np.float64).T
+    return np.stack([a * x + b * y + c * z + d for a, b, c, d in transform[:3]], -1)
 
 
 def invert_rigid(transform: Float[np.ndarray, "*batch 4 4"]) -> Float[np.ndarray, "*batch 4 4"]:

@@ -146,10 +146,13 @@ def inside_part(
 ) -> Bool[np.ndarray, " n"]:
     """Which points lie in a part or touch it; points relative to the posed solids' origin, metres."""
     if part < solids.flats:
-        planes = posed.planes[part].astype(np.float64)
-        return ((points @ planes[:, :3].T - planes[:, 3]) <= TOUCHING).all(1)
+        x, y, z = points.T
+        inside = np.ones(len(points), bool)
+        for a, b, c, d in posed.planes[part].astype(np.float64):
+            inside &= a * x + b * y + c * z <= d + TOUCHING
+        return inside
     k = part - solids.flats
-    local = (points - posed.centre[k]) @ posed.rotation[k].astype(np.float64)
+    local = np.einsum("nj,ji->ni", points - posed.centre[k], posed.rotation[k].astype(np.float64))
     a, b, c = solids.round_dims[k].astype(np.float64)
     if solids.round_kind[k] == Roundness.ELLIPSOID:
         return ((local / ((a, b, c) + np.float64(TOUCHING))) ** 2).sum(1) <= 1
@@ -179,8 +182,8 @@ def sample_surfaces(
     )
     order = np.argsort(part, kind="stable")
     points, part, area = points[order], part[order], area[order]
-    present, first = np.unique(part, return_index=True)
-    slices = [slice(*ends) for ends in zip(first, [*first[1:], len(part)], strict=True)]
+    present, first, counts = np.unique(part, return_index=True, return_counts=True)
+    slices = [slice(start, start + count) for start, count in zip(first, counts, strict=True)]
     # A round part's box of corners may be turned: its axis-parallel hull holds it all the same.
     low, high = posed.corners.min(1) - TOUCHING, posed.corners.max(1) + TOUCHING
     hidden = np.zeros(len(part), bool)

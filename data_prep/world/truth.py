@@ -11,16 +11,19 @@ from jaxtyping import Bool, Float, Int, UInt8
 from data_prep.world.ground import SURFACE_LIDARSEG
 from data_prep.world.recorded_scene import RecordedKeyFrame, RecordedScene
 from data_prep.world.scene import Scene
-from data_prep.world.solids import Solids
+from data_prep.world.solids import PosedSolids, Solids
 from data_prep.world.surfaces import TILE, TOUCHING, inside_part, sample_surfaces
-from pop3d_jax.geometry import invert_rigid
+from pop3d_jax.geometry import apply_rigid, invert_rigid
 from pop3d_jax.nuscenes import LIDARSEG_TO_CLASS
-from pop3d_jax.occ3d.grid import FREE, OCC3D_VOLUME
+from pop3d_jax.occ3d.grid import OCC3D_VOLUME
+from pop3d_jax.occ3d.majority import majority_labels
 from pop3d_jax.occ3d.visibility import cell_indices, crossed_voxels
 from pop3d_jax.voxels import Volume
 
 # An eighth of a voxel's edge, metres; benchmarks/accumulated_truth.py tells what halving it changes.
 SPACING = 0.05
+# Samples at once.
+_BLOCK = 1 << 17
 # Slopes and the tilt of the car carry corners of the volume this much further sideways, metres.
 _TILT_REACH = 2.0
 
@@ -29,22 +32,29 @@ class _Votes:
     """Square metres of surface by voxel and label."""
 
     def __init__(self, world_to_ego: Float[np.ndarray, "4 4"], volume: Volume):
-        self._to_ego, self._volume = world_to_ego, volume
-        self._area = np.zeros(volume.num_voxels * FREE)
+        self._to_ego, self._volume = _turn_of(world_to_ego), volume
+        self._voxels, self._lidarseg, self._area = [], [], []
 
     def add(
         self, points: Float[np.ndarray, "n 3"], lidarseg: UInt8[np.ndarray, " n"], area: Float[np.ndarray, " n"]
     ) -> None:
         """Counts samples; points relative to the car's place, along the world's axes."""
-        flat = cell_indices(points @ self._to_ego[:3, :3].T, self._volume)
-        inside = flat >= 0
-        key = flat[inside] * FREE + LIDARSEG_TO_CLASS[lidarseg[inside]]
-        self._area += np.bincount(key, area[inside], len(self._area))
+        voxels = cell_indices(apply_rigid(self._to_ego, points), self._volume)
+        inside = voxels >= 0
+        self._voxels.append(voxels[inside])
+        self._lidarseg.append(lidarseg[inside])
+        self._area.append(area[inside])
 
     def semantics(self) -> UInt8[np.ndarray, "x y z"]:
-        area = self._area.reshape(-1, FREE)
-        labels = np.where(area.max(1) > 0, area.argmax(1), FREE)
-        return labels.astype(np.uint8).reshape(self._volume.grid_size)
+        voxels, lidarseg, area = (np.concatenate(part) for part in (self._voxels, self._lidarseg, self._area))
+        return majority_labels(voxels, LIDARSEG_TO_CLASS[lidarseg], self._volume, area)
+
+
+def _turn_of(transform: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "4 4"]:
+    """The transform without its shift."""
+    turn = np.eye(4)
+    turn[:3, :3] = transform[:3, :3]
+    return turn
 
 
 def true_semantics(
@@ -63,50 +73,73 @@ def true_semantics(
 
 
 def _add_things(votes, scene, solids, posed, parts, origin, world_to_ego, volume, spacing) -> None:
+    turn = _turn_of(world_to_ego)
     low, high = np.array(volume.minimum) - TILE, np.array(volume.maximum) + TILE
 
     def near(points: Float[np.ndarray, "n 3"]) -> Bool[np.ndarray, " n"]:
-        own = points @ world_to_ego[:3, :3].T
+        own = apply_rigid(turn, points)
         return ((own >= low) & (own <= high)).all(1)
 
     reach = np.linalg.norm(np.maximum(np.abs(low), np.abs(high)))
     corners = posed.corners
     around = (corners.min(1) <= reach).all(1) & (corners.max(1) >= -reach).all(1)
     samples = sample_surfaces(solids, posed, parts & around, spacing, near)
-    points = samples.points
-    soil = scene.ground.field.height(points[:, 0] + origin[0], points[:, 1] + origin[1]) - origin[2]
-    above = points[:, 2] > soil + TOUCHING
-    thing = solids.part_thing[samples.part[above]]
-    votes.add(points[above], solids.thing_lidarseg[thing], samples.area[above])
+    # In blocks: arrays of millions of rows cost more in memory traffic than in arithmetic.
+    for start in range(0, len(samples.points), _BLOCK):
+        block = np.s_[start : start + _BLOCK]
+        points = samples.points[block]
+        soil = scene.ground.field.height(points[:, 0] + origin[0], points[:, 1] + origin[1]) - origin[2]
+        above = points[:, 2] > soil + TOUCHING
+        thing = solids.part_thing[samples.part[block][above]]
+        votes.add(points[above], solids.thing_lidarseg[thing], samples.area[block][above])
 
 
 def _add_ground(votes, scene, solids, posed, parts, ego_to_world, volume, spacing) -> None:
-    """The ground on a lattice along the car's heading, without what lies under or in a solid."""
-    origin = ego_to_world[:3, 3]
+    """The ground on a lattice along the car's heading, strip by strip, without what lies under or in a solid."""
     heading = np.arctan2(ego_to_world[1, 0], ego_to_world[0, 0])
-    c, s = np.cos(heading), np.sin(heading)
     ends = [(volume.minimum[k] - _TILT_REACH, volume.maximum[k] + _TILT_REACH) for k in (0, 1)]
     along, across = (np.arange(low, high, spacing) + spacing / 2 for low, high in ends)
-    x, y = c * along[:, None] - s * across, s * along[:, None] + c * across
-    world_x, world_y = x + origin[0], y + origin[1]
-    z = scene.ground.field.height(world_x, world_y) - origin[2]
-    points = np.stack([x, y, z], -1)
-    seen = np.ones(z.shape, bool)
-    low, high = posed.corners.min(1), posed.corners.max(1)
-    beside = np.stack([c * posed.corners[..., 0] + s * posed.corners[..., 1],
-                       c * posed.corners[..., 1] - s * posed.corners[..., 0]], -1)  # fmt: skip
-    first = np.floor((beside.min(1) - (along[0], across[0])) / spacing).astype(int)
-    last = np.ceil((beside.max(1) - (along[0], across[0])) / spacing).astype(int) + 1
-    first, last = np.clip(first, 0, z.shape), np.clip(last, 0, z.shape)
-    for part in np.flatnonzero(parts & (last > first).all(1)):
-        where = np.s_[first[part, 0] : last[part, 0], first[part, 1] : last[part, 1]]
-        height = z[where]
-        if height.max() >= low[part, 2] - TOUCHING and height.min() <= high[part, 2] + TOUCHING:
-            seen[where] &= ~inside_part(solids, posed, part, points[where].reshape(-1, 3)).reshape(height.shape)
-    slope = np.gradient(z, spacing)
-    area = spacing**2 * np.sqrt(1 + slope[0] ** 2 + slope[1] ** 2)
-    surface, _, _ = scene.ground.surface(world_x[seen].astype(np.float32), world_y[seen].astype(np.float32))
-    votes.add(points[seen], SURFACE_LIDARSEG[surface], area[seen])
+    rows = max(1, _BLOCK // len(across))
+    for start in range(0, len(along), rows):
+        strip = _Lattice(along[start : start + rows], across, heading, ego_to_world[:3, 3], scene, spacing)
+        strip.hide(solids, posed, parts)
+        votes.add(*strip.samples(scene))
+
+
+class _Lattice:
+    """Samples of the ground: [along, across] the car's heading, relative to the car's place."""
+
+    def __init__(self, along, across, heading: float, origin, scene: Scene, spacing: float):
+        self._along, self._across, self._spacing = along, across, spacing
+        self._heading = np.array([[np.cos(heading), np.sin(heading)], [-np.sin(heading), np.cos(heading)]])
+        (c, s), _ = self._heading
+        x, y = c * along[:, None] - s * across, s * along[:, None] + c * across
+        self._world = x + origin[0], y + origin[1]
+        z = scene.ground.field.height(*self._world) - origin[2]
+        self._points = np.stack([x, y, z], -1)
+        self._seen = np.ones(z.shape, bool)
+
+    def hide(self, solids: Solids, posed: PosedSolids, parts: Bool[np.ndarray, " parts"]) -> None:
+        """Leaves out what lies in parts."""
+        beside = posed.corners[..., :2] @ self._heading.T
+        corner = np.array([self._along[0], self._across[0]])
+        first = np.floor((beside.min(1) - corner) / self._spacing).astype(int)
+        last = np.ceil((beside.max(1) - corner) / self._spacing).astype(int) + 1
+        first, last = (np.clip(ends, 0, self._seen.shape) for ends in (first, last))
+        low, high = posed.corners[..., 2].min(1) - TOUCHING, posed.corners[..., 2].max(1) + TOUCHING
+        for part in np.flatnonzero(parts & (last > first).all(1)):
+            where = np.s_[first[part, 0] : last[part, 0], first[part, 1] : last[part, 1]]
+            points = self._points[where]
+            if points[..., 2].max() >= low[part] and points[..., 2].min() <= high[part]:
+                hidden = inside_part(solids, posed, part, points.reshape(-1, 3))
+                self._seen[where] &= ~hidden.reshape(points.shape[:2])
+
+    def samples(self, scene: Scene):
+        """Places, raw lidarseg indices and areas (square metres) of what is left."""
+        x, y = (place[self._seen] for place in self._world)
+        upward = scene.ground.field.normal(x, y)[:, 2]
+        surface, _, _ = scene.ground.surface(x.astype(np.float32), y.astype(np.float32))
+        return self._points[self._seen], SURFACE_LIDARSEG[surface], self._spacing**2 / upward
 
 
 def lidar_mask(
@@ -129,17 +162,15 @@ def lidar_mask(
     there = solids.poses(now)
     observed = np.zeros(volume.num_voxels, bool)
 
-    def to_ego(points):
-        return points @ world_to_ego[:3, :3].T + world_to_ego[:3, 3]
-
     for frame in frames:
         foreign = frame.sweep.number != solids.thing_number[-1]
         pose = frame.lidar_to_world
-        points = frame.sweep.points[foreign, :3].astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
-        starts = np.broadcast_to(to_ego(pose[:3, 3]), points.shape)
-        observed |= crossed_voxels(starts, to_ego(points), volume).reshape(-1)
+        points = apply_rigid(pose, frame.sweep.points[foreign, :3])
+        start = apply_rigid(world_to_ego, pose[None, :3, 3])
+        crossed = crossed_voxels(np.broadcast_to(start, points.shape), apply_rigid(world_to_ego, points), volume)
+        observed |= crossed.reshape(-1)
         carried = _carried(solids, frame.sweep.number[foreign], points, solids.poses(frame.time), there)
-        hit = cell_indices(to_ego(carried), volume)
+        hit = cell_indices(apply_rigid(world_to_ego, carried), volume)
         observed[hit[hit >= 0]] = True
     return observed.reshape(volume.grid_size)
 

@@ -13,8 +13,8 @@ For a key frame, the points of all key frames of its scene are brought to its eg
 - Everything else is free in `semantics`. Only the masks say what is known.
 
 `mask_lidar` has the voxels with points and those that rays pass on their way to a return, wherever it is moved to.
-`mask_camera` has the voxels of `mask_lidar` whose centre some camera of the key frame sees, with nothing occupied
-before it: where no ray passed there is no ground truth to see.
+`mask_camera` has the voxels of `mask_lidar` that some camera of the key frame sees, with nothing occupied before them:
+where no ray passed there is no ground truth to see.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from pop3d_jax.data.records import KeyFrame, RecordError, RecordSource
 from pop3d_jax.geometry import apply_rigid, invert_rigid, quaternion_to_rotation
 from pop3d_jax.nuscenes import LIDARSEG_CATEGORIES, LIDARSEG_TO_CLASS
 from pop3d_jax.occ3d.grid import FREE, OCC3D_VOLUME, Occ3DFrame
+from pop3d_jax.occ3d.majority import majority_labels
 from pop3d_jax.occ3d.visibility import camera_mask, cell_indices, crossed_voxels
 from pop3d_jax.voxels import Volume
 
@@ -119,15 +120,10 @@ class AccumulatedGroundTruth:
         """
         key_frame = self._key_frame(token)
         volume = self._volume
-        votes = np.zeros(volume.num_voxels * FREE, np.int32)
-        for points, classes in self.placed_points(token):
-            flat = cell_indices(points, volume)
-            inside = flat >= 0
-            votes += np.bincount(flat[inside] * FREE + classes[inside], minlength=len(votes)).astype(np.int32)
-        by_class = votes.reshape(-1, FREE)
-        occupied = by_class.any(1)
-        semantics = np.where(occupied, by_class.argmax(1), FREE).astype(np.uint8).reshape(volume.grid_size)
-        observed = occupied.reshape(volume.grid_size)
+        placed = [(cell_indices(points, volume), classes) for points, classes in self.placed_points(token)]
+        voxels, classes = (np.concatenate(part) for part in zip(*placed, strict=True))
+        semantics = majority_labels(voxels, classes, volume)
+        observed = semantics != FREE
         for sweep in self._sweeps:
             ends = apply_rigid(key_frame.global_to_ego, sweep.points)
             starts = np.broadcast_to(apply_rigid(key_frame.global_to_ego, sweep.lidar[None]), ends.shape)

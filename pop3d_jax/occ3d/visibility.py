@@ -20,14 +20,17 @@ _HALF_PIXEL = 0.5
 
 def cell_indices(points: Float[np.ndarray, "points 3"], volume: Volume) -> Int[np.ndarray, " points"]:
     """Flat index (C order of [x, y, z]) of the voxel that holds each point, metres; -1 outside, borders go up."""
-    cells = np.floor(_in_cells(points, volume)).astype(np.int64)
-    inside = ((cells >= 0) & (cells < volume.grid_size)).all(-1)
-    flat = (cells[:, 0] * volume.grid_size[1] + cells[:, 1]) * volume.grid_size[2] + cells[:, 2]
-    return np.where(inside, flat, -1)
+    cells = _in_cells(points, volume)
+    np.floor(cells, out=cells)
+    (x, y, z), (nx, ny, nz) = cells.T, volume.grid_size
+    inside = (x >= 0) & (y >= 0) & (z >= 0) & (x < nx) & (y < ny) & (z < nz)
+    return np.where(inside, (x * ny + y) * nz + z, -1).astype(np.int64)
 
 
 def _in_cells(points: Float[np.ndarray, "*n 3"], volume: Volume) -> Float64[np.ndarray, "*n 3"]:
-    return (points - np.array(volume.minimum)) / np.array(volume.voxel_size)
+    cells = points - np.array(volume.minimum)
+    cells /= np.array(volume.voxel_size)
+    return cells
 
 
 class _Rays:
@@ -102,10 +105,13 @@ def visible_from(
     occupied: Bool[np.ndarray, "x y z"],
     volume: Volume,
 ) -> Bool[np.ndarray, " voxels"]:
-    """Whether nothing occupied lies between a place and the centres of voxels; that of the place itself is no bar.
+    """Whether voxels are seen: nothing occupied lies before the centre of one of their faces that look at the place.
+
+    Not their own centres: of level ground seen at a low angle, every voxel's centre lies behind the voxels before it,
+    and its upper face before none.
 
     Args:
-      origin: metres, frame of the volume; may lie outside.
+      origin: metres, frame of the volume; may lie outside. What is in the place's own voxel is no bar.
       voxels: flat indices; they may be occupied themselves.
       occupied: what blocks the sight.
       volume: the grid.
@@ -114,8 +120,26 @@ def visible_from(
     own = cell_indices(origin[None], volume)[0]
     if own >= 0:
         solid[own] = False
-    ends = np.stack(np.unravel_index(voxels, volume.grid_size), 1) + 0.5
+    cells = np.stack(np.unravel_index(voxels, volume.grid_size), 1)
     start = _in_cells(origin, volume)
+    seen = np.zeros(len(voxels), bool)
+    for axis in (2, 0, 1):
+        below, above = start[axis] < cells[:, axis], start[axis] > cells[:, axis] + 1
+        left = np.flatnonzero((below | above) & ~seen)
+        faces = cells[left] + 0.5
+        faces[:, axis] = cells[left, axis] + above[left]
+        seen[left] = _clear(start, faces, voxels[left], solid, volume)
+    return seen
+
+
+def _clear(
+    start: Float64[np.ndarray, "3"],
+    ends: Float64[np.ndarray, "voxels 3"],
+    voxels: Int[np.ndarray, " voxels"],
+    solid: Bool[np.ndarray, " cells"],
+    volume: Volume,
+) -> Bool[np.ndarray, " voxels"]:
+    """Whether the way from a place to each end, in units of cells, is free but for the end's own voxel."""
     clear = np.arange(len(voxels))
     # Few planes across z, and they stop all that lies below the ground: the long way is left to the others.
     for axis in (2, 0, 1):
@@ -126,9 +150,9 @@ def visible_from(
             ray, flat = ray[hit], flat[hit]
             blocked[ray[flat != voxels[clear[ray]]]] = True
         clear = clear[~blocked]
-    seen = np.zeros(len(voxels), bool)
-    seen[clear] = True
-    return seen
+    found = np.zeros(len(voxels), bool)
+    found[clear] = True
+    return found
 
 
 def camera_mask(
@@ -138,7 +162,7 @@ def camera_mask(
     image_sizes: list[tuple[int, int]],
     volume: Volume,
 ) -> Bool[np.ndarray, "x y z"]:
-    """Voxels that some camera sees: the centre falls into its image and nothing occupied lies before it.
+    """Voxels that some camera sees: the centre falls into its image, and they are `visible_from` its place.
 
     Free voxels before the first occupied one of a line of sight, and that one itself.
 
@@ -150,10 +174,11 @@ def camera_mask(
       volume: the grid.
     """
     seen = np.zeros(volume.num_voxels, bool)
-    centres = np.stack(np.unravel_index(np.arange(volume.num_voxels), volume.grid_size), 1) + 0.5
-    centres = centres * volume.voxel_size + volume.minimum
+    sides = zip(volume.minimum, volume.voxel_size, volume.grid_size, strict=True)
+    axes = [low + (np.arange(cells) + 0.5) * size for low, size, cells in sides]
+    x, y, z = np.meshgrid(*axes, sparse=True, indexing="ij")
     for matrix, pose, (height, width) in zip(intrinsics, ego_to_camera, image_sizes, strict=True):
-        u, v, depth = (matrix @ pose[:3]) @ np.concatenate([centres.T, np.ones((1, len(centres)))])
+        u, v, depth = ((a * x + b * y + c * z + d).reshape(-1) for a, b, c, d in matrix @ pose[:3])
         ahead = depth > 0
         low, right, bottom = -_HALF_PIXEL, width - _HALF_PIXEL, height - _HALF_PIXEL
         ahead &= (u >= low * depth) & (u < right * depth) & (v >= low * depth) & (v < bottom * depth)
