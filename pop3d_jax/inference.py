@@ -87,20 +87,24 @@ class StudentRun:
           key_frames: any number; the arrays of the last batch repeat the last, so that one shape is compiled.
           more: other arrays of a key frame, besides `images` and `lidar_to_image`.
         """
-        devices = self.mesh.size
+        devices, total = self.mesh.size, len(key_frames)
 
-        def batch(start: int) -> dict[str, np.ndarray]:
-            frames = [key_frames[min(start + i, len(key_frames) - 1)] for i in range(devices)]
-            examples = [make_example(frame, self._settings, None) for frame in frames]
+        def read(start: int) -> tuple[list[KeyFrame], dict[str, np.ndarray]]:
+            frames = [key_frames[number] for number in range(start, min(start + devices, total))]
+            padded = frames + [frames[-1]] * (devices - len(frames))
+            examples = [make_example(frame, self._settings, None) for frame in padded]
             arrays = {name: np.stack([example[name] for example in examples]) for name in ("images", "lidar_to_image")}
-            others = [more(frame) for frame in frames]
-            return arrays | {name: np.stack([other[name] for other in others]) for name in others[0]}
+            others = [more(frame) for frame in padded]
+            return frames, arrays | {name: np.stack([other[name] for other in others]) for name in others[0]}
 
-        starts = range(0, len(key_frames), devices)
         with concurrent.futures.ThreadPoolExecutor(1) as decoder:
-            for start, decoded in zip(starts, decoder.map(batch, starts), strict=True):
-                arrays = jax.device_put(decoded, NamedSharding(self.mesh, PartitionSpec("data")))
-                yield key_frames[start : start + devices], arrays
+            # One batch ahead and no more: a split has thousands of key frames.
+            coming = decoder.submit(read, 0) if total else None
+            for start in range(0, total, devices):
+                frames, decoded = coming.result()
+                if start + devices < total:
+                    coming = decoder.submit(read, start + devices)
+                yield frames, jax.device_put(decoded, NamedSharding(self.mesh, PartitionSpec("data")))
 
 
 class Predictor(StudentRun):
