@@ -96,6 +96,7 @@ RESULTS ?= bench
 bench: install-dev
 	$(RUN) -m benchmarks.labels --json $(RESULTS)
 	$(RUN) -m benchmarks.corruptions --json $(RESULTS)
+	$(RUN) -m benchmarks.accumulated_truth --json $(RESULTS)
 	$(RUN) -m benchmarks.deformable_attention --json $(RESULTS)
 	$(RUN) -m benchmarks.deformable_conv --json $(RESULTS)
 	$(RUN) -m benchmarks.input_pipeline --records $(RECORDS) --split $(SPLIT) --json $(RESULTS)
