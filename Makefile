@@ -102,6 +102,7 @@ bench: install-dev
 	$(RUN) -m benchmarks.input_pipeline --records $(RECORDS) --split $(SPLIT) --json $(RESULTS)
 	$(RUN) -m benchmarks.neighbors --json $(RESULTS)
 	$(RUN) -m benchmarks.ray_casting --json $(RESULTS)
+	$(RUN) -m benchmarks.occ3d_labels --json $(RESULTS)
 	$(RUN) -m benchmarks.record_building --source $(SOURCE) --version $(VERSION) --split $(SOURCE_SPLIT) \
 		--repeat $(REPEAT) --json $(RESULTS)
 	$(RUN) -m benchmarks.step_shares --config.data.records=$(DEMO)/records \

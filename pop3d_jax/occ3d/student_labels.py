@@ -3,8 +3,9 @@
 The network's planes are computed once a key frame. From them come the network's own grid, as everywhere else, and what
 the heads say at Occ3D's 640,000 centres: occupancy at all of them, features only at those that are occupied, in chunks
 of `CHUNK` centres that become labels at once. So memory holds the features of one chunk (8,000 of 512 numbers: 16 MB,
-and about as much for each hidden layer's 1,024 twice), never those of all centres (1.3 GB), and time goes with the
-number of occupied voxels.
+and 33 MB for each hidden layer of 1,024), never those of all centres (1.3 GB), and time goes with the number of
+occupied voxels. The compiler's temporaries at the published size, without backbone and encoder: 68 MB for the centres,
+819 MB for the network's own grid, which is decoded whole (`benchmarks/occ3d_labels.py`).
 """
 
 from collections.abc import Iterator, Sequence
