@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from pop3d_jax.occ3d.grid import OCC3D_CLASSES
 from pop3d_jax.occ3d.ray_iou import THRESHOLDS, ray_iou
@@ -47,7 +48,7 @@ def _share(part: int, whole: int) -> float:
 
 def _ray_row(tally: Tally) -> dict[str, Any]:
     scores = ray_iou(tally.rays)
-    per_class = np.asarray(scores.per_class)
+    per_class = scores.per_class
     return {
         "rule": RAYIOU,
         "mask": "none",
@@ -57,17 +58,13 @@ def _ray_row(tally: Tally) -> dict[str, Any]:
         "iou": None,
         "thresholds_m": list(THRESHOLDS),
         "per_threshold": [100.0 * value for value in scores.per_threshold],
-        "per_class_iou": _by_name(_mean_of_known(per_class)),
+        # A class that no ray meets is undefined at every threshold.
+        "per_class_iou": _by_name(per_class.mean(0)),
         "rays": int(np.sum(tally.rays.ground_truth)),
     }
 
 
-def _mean_of_known(per_class: np.ndarray) -> np.ndarray:
-    """Mean over the thresholds; NaN where a class has none (then it has none at every threshold)."""
-    return per_class.mean(0)
-
-
-def _by_name(values: Sequence[float]) -> dict[str, float | None]:
+def _by_name(values: Float64[np.ndarray, " classes"]) -> dict[str, float | None]:
     names = OCC3D_CLASSES[: len(values)]
     return {name: None if np.isnan(v) else 100.0 * float(v) for name, v in zip(names, values, strict=True)}
 
