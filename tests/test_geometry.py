@@ -38,6 +38,17 @@ def test_the_inverse_of_a_rigid_transform_undoes_it(quaternion, translation):
     np.testing.assert_allclose(geometry.invert_rigid(transform) @ transform, np.eye(4), atol=1e-9)
 
 
+@given(quaternions, translations)
+@settings(deadline=None, max_examples=50)
+def test_points_go_to_another_frame_as_homogeneous_columns_do(quaternion, translation):
+    transform = geometry.rigid_transform(quaternion, translation)
+    points = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    columns = np.concatenate([points.T, np.ones((1, 5))])
+    moved = geometry.apply_rigid(transform, points)
+    assert moved.dtype == np.float64
+    np.testing.assert_allclose(moved, (transform @ columns)[:3].T, rtol=0, atol=1e-9)
+
+
 def test_projection_of_a_point_ahead_of_a_camera_at_the_origin():
     # A camera that looks along the lidar's y (forward), its x to the right, its y down.
     lidar_to_camera = np.array([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])

@@ -171,6 +171,7 @@ def test_random_access(tmp_path):
     assert decode_record(source.serialized(1)).sample_token == "sample-1"
     with pytest.raises(IndexError):
         source[5]
+    assert source.shard_numbers.tolist() == [0, 0, 2, 2, 2]
     assert source.fingerprint == index.fingerprint
 
 
