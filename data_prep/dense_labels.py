@@ -3,8 +3,9 @@
     python -m data_prep.dense_labels --world WORLD --split val --out WORLD/gts
 
 Writes OUT/SCENE_NAME/SAMPLE_TOKEN/labels.npz for every key frame, with `semantics`, `mask_lidar` and `mask_camera`:
-uint8 [200, 200, 16], the grid of `pop3d_jax.occ3d.grid` (ego frame at lidar time). The world is drawn again from
-world.json; where its tables or sweeps say something else than what is drawn, nothing is written for the scene.
+uint8 [200, 200, 16], the grid of `pop3d_jax.occ3d.grid` (ego frame at lidar time); OUT/ground_truth.json says that they
+are not Occ3D's. The world is drawn again from world.json; where its tables or sweeps say something else than what is
+drawn, nothing is written for the scene.
 
 semantics     A voxel is occupied where the surface of the world runs through it: the boundary of the union of the
               ground and of all things, the recording car apart. Its label is the lidarseg class (0 others) with the
@@ -38,6 +39,7 @@ from pop3d_jax import geometry
 from pop3d_jax.commands import run
 from pop3d_jax.nuscenes import CAMERAS
 from pop3d_jax.occ3d.grid import FREE, OCC3D_VOLUME, Occ3DFrame
+from pop3d_jax.occ3d.ground_truth import describe_labels
 from pop3d_jax.occ3d.visibility import camera_mask
 
 # Tables hold quaternions; what they and the drawn poses may differ by, metres and parts of one.
@@ -170,6 +172,9 @@ def label_world(world: Path, split: str, out: Path, workers: int) -> int:
     if broken:
         raise SourceError(broken[0])
     work = [_SceneWork(tasks[scene.scene_name], scene.key_frames, out) for scene in tables.scenes]
+    out.mkdir(parents=True, exist_ok=True)
+    seeds = sorted({scene.task.seed for scene in work})
+    describe_labels(out, f"true labels of a synthetic world, seed {', '.join(map(str, seeds))}")
     return sum(parallel.run(_label_scene, work, workers, "labelling scenes"))
 
 

@@ -104,6 +104,11 @@ def evaluate_occupancy(
         record_tokens=None if source is None else source.sample_tokens,
         partial=partial,
     )
+    if RAYIOU in rules and choice.is_partial and source is None:
+        raise OccupancyFileError(
+            "RayIoU starts from the lidar's places at all key frames of a scene, and of some there is only a part here: "
+            "name the whole records with --records and --split, or leave RayIoU out"
+        )
     origins = origins_by_token(scored.poses()) if RAYIOU in rules else {}
     tallies = {name: Tally() for name in scored.label_sets}
     pairs = zip(choice.scored, scored.grids(choice.scored), strict=True)
@@ -150,7 +155,7 @@ def _own(
     """A run or a store."""
     if is_run(predictions):
         return ScoredRun(StudentLabels(predictions, step, prompts, absent_threshold), source)
-    return ScoredStore(StoreLabels(predictions, prompts, text_tower, absent_threshold))
+    return ScoredStore(StoreLabels(predictions, prompts, text_tower, absent_threshold), source)
 
 
 def _described(prompts: PromptSet | None) -> dict[str, Any] | None:

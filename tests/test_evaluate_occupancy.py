@@ -79,6 +79,7 @@ def test_a_perfect_prediction_is_perfect_by_every_rule(truth, perfect, small_rec
     assert rows[-1]["rays"] > 10_000
     assert rows[-1]["per_threshold"] == [100, 100, 100]
     assert report["frames"] == 2
+    assert report["ground_truth"] == "true labels of a synthetic world, seed 0"  # not Occ3D's
     assert not report["partial"]
     assert report["prompts"] is None
     text = format_report(report)
@@ -133,6 +134,15 @@ def test_a_store_is_looked_up(truth, small_run, small_records, tmp_path):
     for ours, theirs in zip(report["scores"]["resampled"], of_run, strict=True):
         assert ours["miou"] == pytest.approx(theirs["miou"], abs=0.2)
     assert report["scores"]["resampled"][0]["iou"] == pytest.approx(of_run[0]["iou"], abs=0.2)
+
+
+@pytest.mark.slow
+def test_rays_of_a_part_of_a_scene_need_the_whole_one(truth, small_run, tmp_path):
+    store = tmp_path / "grids.zarr"
+    done = command("pop3d_jax.export", f"--workdir={small_run}", "--split=val", "--samples=0", f"--out={store}")
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(OccupancyFileError, match=r"only a part here: name the whole records"):
+        score(truth, store, (RAYIOU,), partial=True)
 
 
 def test_a_part_is_never_printed_as_the_whole(truth, perfect, small_records, tmp_path):

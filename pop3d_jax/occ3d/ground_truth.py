@@ -1,5 +1,10 @@
-"""Occ3D-nuScenes' own ground truth: a folder `gts/SCENE/TOKEN/labels.npz`."""
+"""Ground truth in Occ3D-nuScenes' layout: a folder `gts/SCENE/TOKEN/labels.npz`.
 
+Where the labels are not Occ3D's own, `gts/ground_truth.json` says what they are, so that no report calls them Occ3D's:
+`{"description": "true labels of a synthetic world"}`.
+"""
+
+import json
 import os
 
 import numpy as np
@@ -7,6 +12,8 @@ from etils import epath
 
 from pop3d_jax.occ3d.grid import Occ3DFrame
 from pop3d_jax.occ3d.label_files import UNLABELLED, OccupancyFileError, checked_labels, checked_mask, read_arrays
+
+_DESCRIPTION = "ground_truth.json"
 
 
 class Occ3DGroundTruth:
@@ -17,8 +24,6 @@ class Occ3DGroundTruth:
       sample_tokens: of all its key frames, scene by scene.
     """
 
-    description = "Occ3D's labels.npz files"
-
     def __init__(self, folder: epath.PathLike):
         """Looks for the files; none is read yet.
 
@@ -26,7 +31,8 @@ class Occ3DGroundTruth:
           folder: `gts`, or the folder that holds it, local or gs://.
 
         Raises:
-          OccupancyFileError: no such folder, no ground truth in it, or two files for one key frame.
+          OccupancyFileError: no such folder, no ground truth in it, two files for one key frame, or a damaged
+            description.
         """
         self.folder = epath.Path(folder)
         if (self.folder / "gts").is_dir():
@@ -48,6 +54,7 @@ class Occ3DGroundTruth:
                 f"{self.folder} holds no SCENE/TOKEN/labels.npz: --ground_truth takes Occ3D's folder gts"
             )
         self.sample_tokens = list(self._files)
+        self.description = _description(self.folder)
 
     def scene_of(self, token: str) -> str:
         """Name of the scene of a key frame."""
@@ -68,3 +75,18 @@ class Occ3DGroundTruth:
             checked_labels(arrays["semantics"], f"{path}, semantics,", allowed_beyond=(UNLABELLED,)),
             *(np.asarray(checked_mask(arrays[name], f"{path}, {name},")) for name in ("mask_lidar", "mask_camera")),
         )
+
+
+def describe_labels(folder: epath.PathLike, description: str) -> None:
+    """Says what the labels of a folder are, where they are not Occ3D's own."""
+    (epath.Path(folder) / _DESCRIPTION).write_text(json.dumps({"description": description}) + "\n")
+
+
+def _description(folder: epath.Path) -> str:
+    path = folder / _DESCRIPTION
+    if not path.exists():
+        return "Occ3D's labels.npz files"
+    try:
+        return str(json.loads(path.read_text())["description"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise OccupancyFileError(f"{path} is damaged ({error!r}): write the labels again") from error

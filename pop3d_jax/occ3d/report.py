@@ -87,10 +87,24 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines = _head(report)
     for name, rows in report["scores"].items():
         lines += ["", f"labels: {report['labels'][name]}"]
-        lines += _one_rule(rows) if len({row["rule"] for row in rows}) == 1 else _all_rules(rows)
+        lines += _one_rule(rows) if _is_one_rule(rows) else _all_rules(rows)
+    lines += _legend(next(iter(report["scores"].values())))
     if report["partial"]:
         lines += ["", _partial_line(report)]
     return "\n".join(lines)
+
+
+def _is_one_rule(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return len({row["rule"] for row in rows}) == 1
+
+
+def _legend(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the rules of a table are; a table of one rule says so itself."""
+    if _is_one_rule(rows):
+        return []
+    undefined = [row["rule"] for row in rows if row["miou"] is None or np.isnan(row["miou"])]
+    note = ["-: there is no mean, since a class of the rule's list is absent"] if undefined else []
+    return ["", *note, *(f"{rule}: {summary_of(rule)}" for rule in dict.fromkeys(row["rule"] for row in rows))]
 
 
 def _partial_line(report: Mapping[str, Any]) -> str:
@@ -180,5 +194,4 @@ def _all_rules(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"the same prediction: {low['miou']:.2f} by {low['rule']} (mask {low['mask']}) to {high['miou']:.2f} by "
             f"{high['rule']} (mask {high['mask']})"
         )
-    lines += ["", *(f"{rule}: {summary_of(rule)}" for rule in dict.fromkeys(row["rule"] for row in rows))]
     return lines

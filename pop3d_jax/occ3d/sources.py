@@ -85,12 +85,12 @@ class ScoredRun:
 
 
 class ScoredStore:
-    """An exported store; see `Scored`."""
+    """An exported store; see `Scored`. Poses are those of records where there are any, else its own."""
 
     label_sets = ("resampled",)
 
-    def __init__(self, labels: StoreLabels):
-        self._labels = labels
+    def __init__(self, labels: StoreLabels, source: RecordSource | None):
+        self._labels, self._source = labels, source
         self.sample_tokens = labels.sample_tokens
         self.prompts = labels.prompts
         self.details = {}
@@ -100,7 +100,7 @@ class ScoredStore:
             yield {"resampled": labelled.resampled}, labelled.unseen
 
     def poses(self) -> Iterator[KeyFramePose]:
-        return poses_of_store(self._labels.grids)
+        return poses_of_store(self._labels.grids) if self._source is None else poses_of_records(self._source)
 
 
 class ScoredFiles:

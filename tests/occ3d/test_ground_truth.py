@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from label_folders import SHAPE, random_labels, random_mask, write_truth
 
-from pop3d_jax.occ3d.ground_truth import Occ3DGroundTruth
+from pop3d_jax.occ3d.ground_truth import Occ3DGroundTruth, describe_labels
 from pop3d_jax.occ3d.label_files import OccupancyFileError
 
 
@@ -17,6 +17,7 @@ def test_what_is_written_is_read(tmp_path):
     write_truth(tmp_path / "gts", "scene-0001", "aa", semantics, mask_lidar=random_mask(1), mask_camera=random_mask(2))
     truth = Occ3DGroundTruth(tmp_path)  # the folder that holds gts does too
     assert truth.sample_tokens == ["aa", "bb"]
+    assert truth.description == "Occ3D's labels.npz files"
     assert truth.scene_of("bb") == "scene-0002"
     frame = truth["aa"]
     np.testing.assert_array_equal(frame.semantics, semantics)
@@ -55,6 +56,15 @@ def test_a_half_written_file_is_named(tmp_path, share):
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(OccupancyFileError, match=f"{re.escape(str(path))} cannot be read"):
         Occ3DGroundTruth(tmp_path)["aa"]
+
+
+def test_other_labels_are_not_called_occ3ds(tmp_path):
+    write_truth(tmp_path, "scene-0001", "aa")
+    describe_labels(tmp_path, "made up")
+    assert Occ3DGroundTruth(tmp_path).description == "made up"
+    (tmp_path / "ground_truth.json").write_text("[]")
+    with pytest.raises(OccupancyFileError, match=r"ground_truth\.json is damaged"):
+        Occ3DGroundTruth(tmp_path)
 
 
 def test_a_lost_file_is_named(tmp_path):
