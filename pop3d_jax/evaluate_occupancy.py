@@ -106,8 +106,8 @@ def evaluate_occupancy(
     )
     if RAYIOU in rules and choice.is_partial and source is None:
         raise OccupancyFileError(
-            "RayIoU starts from the lidar's places at all key frames of a scene, and of some there is only a part here: "
-            "name the whole records with --records and --split, or leave RayIoU out"
+            "RayIoU starts from the lidar's places at all key frames of a scene, and of some there is only a part "
+            "here: name the whole records with --records and --split, or leave RayIoU out"
         )
     origins = origins_by_token(scored.poses()) if RAYIOU in rules else {}
     tallies = {name: Tally() for name in scored.label_sets}
