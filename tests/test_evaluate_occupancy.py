@@ -117,8 +117,13 @@ def test_a_run_is_asked_and_looked_up(truth, small_run, small_records, tmp_path)
         assert low["miou"] <= row["miou"] <= high["miou"]
     page = results_page(read_reports(tmp_path))
     assert f"`{report['command']}`" in page
-    assert page.count("| ours | queried |") == len(RULE_NAMES) + 1  # and the spread
-    assert "rule" in page.splitlines()[6]
+    # Every rule once, those of the same numbers in one row; one row more is the spread.
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ours | queried |")]
+    assert sorted(rule for row in rows[:-1] for rule in row[4].split(", ")) == sorted(RULE_NAMES)
+    camera = {rule: row[7] for row in rows[:-1] for rule in row[4].split(", ")}
+    for row in report["scores"]["queried"]:
+        if row["mask"] == "camera" and row["miou"] is not None:
+            assert camera[row["rule"]] == f"{row['miou']:.2f}"
 
 
 @pytest.mark.slow

@@ -11,6 +11,12 @@ from pop3d_jax.occ3d.report import RAYIOU, spread, summary_of
 
 _NEEDED = ("method", "ground_truth", "frames", "partial", "scores", "command", "prompts")
 
+_HEAD = (
+    "Percent. Made by `python -m pop3d_jax.occupancy_results`; not to be edited. Labels: `queried`, the network's planes",
+    "read at Occ3D's voxel centres; `resampled`, its own grid looked up there; `files`, as given. A dash: there is no mean,",
+    "because a class of the rule's list is absent, or the rule knows no masks.",
+)
+
 
 class ReportError(Exception):
     """A file is no report of `evaluate_occupancy`; names it."""
@@ -41,7 +47,7 @@ def read_reports(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
 
 def results_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """The page as Markdown: a table for each ground truth, the spread by protocol, rules, and commands."""
-    lines = ["# Results", "", "Percent. Made by `python -m pop3d_jax.occupancy_results`; do not edit.", ""]
+    lines = ["# Results", "", *_HEAD, ""]
     for truth in dict.fromkeys(report["ground_truth"] for report in reports.values()):
         lines += [f"## Against {truth}", "", *_table(list(_rows(reports, truth))), ""]
     lines += ["## One prediction, every protocol", ""]
@@ -73,24 +79,29 @@ def _frames(report: Mapping[str, Any]) -> str:
 
 
 def _rows(reports: Mapping[str, Mapping[str, Any]], truth: str) -> Iterator[list[str]]:
-    """A row for each report, set of labels and rule."""
+    """A row for each report, set of labels and rule; rules of the same numbers share one."""
     for report in (report for report in reports.values() if report["ground_truth"] == truth):
         prompts = report["prompts"]["name"] if report["prompts"] else "-"
         if report.get("absent_threshold") is not None:
             prompts += f", absent below {report['absent_threshold']:g}"
         for labels, rows in report["scores"].items():
+            same: dict[tuple[str, ...], list[str]] = {}
             for rule in dict.fromkeys(row["rule"] for row in rows):
-                of_rule = {row["mask"]: row for row in rows if row["rule"] == rule}
-                name = "RayIoU" if rule == RAYIOU else "mIoU"
-                means = [_number(of_rule.get(mask), "miou") for mask in MASKS]
-                ious = [_number(of_rule.get(mask), "iou") for mask in MASKS]
-                classes = str(len(next(iter(of_rule.values()))["classes"]))
-                yield [report["method"], labels, _frames(report), prompts, rule, name, classes, *means, *ious]
+                same.setdefault(_numbers([row for row in rows if row["rule"] == rule]), []).append(rule)
+            for numbers, rules in same.items():
+                yield [report["method"], labels, _frames(report), prompts, ", ".join(rules), *numbers]
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What a row of the table says of one rule."""
+    by_mask = {row["mask"]: row for row in rows}
+    cells = [_number(by_mask.get(mask), name) for name in ("miou", "iou") for mask in MASKS]
+    return "RayIoU" if rows[0]["rule"] == RAYIOU else "mIoU", str(len(rows[0]["classes"])), *cells
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     means, ious = ([f"{name}, mask {mask}" for mask in MASKS] for name in ("mean", "IoU"))
-    head = ["method", "labels", "key frames", "prompts", "rule", "mean of", "classes", *means, *ious]
+    head = ["method", "labels", "key frames", "prompts", "rules", "mean", "classes", *means, *ious]
     return [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
 
 
