@@ -12,9 +12,9 @@ from pop3d_jax.occ3d.report import RAYIOU, spread, summary_of
 _NEEDED = ("method", "ground_truth", "frames", "partial", "scores", "command", "prompts")
 
 _HEAD = (
-    "Percent. Made by `python -m pop3d_jax.occupancy_results`; not to be edited. Labels: `queried`, the network's planes",
-    "read at Occ3D's voxel centres; `resampled`, its own grid looked up there; `files`, as given. A dash: there is no mean,",
-    "because a class of the rule's list is absent, or the rule knows no masks.",
+    "Percent. Made by `python -m pop3d_jax.occupancy_results`; not to be edited. Labels: `queried`, the network's",
+    "planes read at Occ3D's voxel centres; `resampled`, its own grid looked up there; `files`, as given. A dash: there",
+    "is no mean, because a class of the rule's list is absent, or the rule knows no masks.",
 )
 
 
