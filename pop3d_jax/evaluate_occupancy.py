@@ -6,9 +6,9 @@
 
 Predictions are a workdir of pop3d_jax.train (the TPV planes are read at Occ3D's voxel centres), a store of
 pop3d_jax.export, or a folder of .npz files in a layout that other methods write (pop3d_jax/occ3d/predictions.py).
-RayIoU needs the lidar's poses, which --records or the store give. --ground_truth=accumulated builds labels from the
-records' own sweeps where there is no Occ3D at hand: such scores are not to be set beside Occ3D's. docs/occupancy.md
-explains rules, masks and prompts.
+RayIoU needs the lidar's poses, which --records give (a run's own by default). --ground_truth=accumulated builds labels
+from the records' own sweeps where there is no Occ3D at hand: such scores are not to be set beside Occ3D's.
+docs/occupancy.md explains rules, masks and prompts.
 """
 
 import shlex
@@ -16,21 +16,24 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags
 from etils import epath
+from jaxtyping import Float64
 
 from data_prep.splits import SplitError
 from pop3d_jax.checkpoint import CheckpointError
 from pop3d_jax.commands import run, stop_with_message, write_report
 from pop3d_jax.data.boxes import read_boxes
 from pop3d_jax.data.records import RecordError, RecordSource
+from pop3d_jax.data.shards import skipped_tokens
 from pop3d_jax.grids.store import GridStoreError
 from pop3d_jax.occ3d.accumulated import AccumulatedGroundTruth
 from pop3d_jax.occ3d.frames import GroundTruth, choose_frames
 from pop3d_jax.occ3d.grid import MASKS
 from pop3d_jax.occ3d.ground_truth import Occ3DGroundTruth
 from pop3d_jax.occ3d.label_files import OccupancyFileError
-from pop3d_jax.occ3d.poses import origins_by_token
+from pop3d_jax.occ3d.poses import check_poses, origins_by_token, poses_of_records
 from pop3d_jax.occ3d.predictions import PredictionFiles
 from pop3d_jax.occ3d.prompts import PROMPT_SETS, PromptSet, prompt_set, read_prompt_file
 from pop3d_jax.occ3d.report import RAYIOU, RULE_NAMES, format_report, rows_of
@@ -96,20 +99,15 @@ def evaluate_occupancy(
         prompt_list = prompt_set(prompts) if prompts in PROMPT_SETS else read_prompt_file(prompts)
         scored = _own(predictions, source, prompt_list, absent_threshold, step, text_tower)
     else:
-        scored = ScoredFiles(PredictionFiles(predictions, vocabulary=vocabulary, free_space=free_space), source)
+        scored = ScoredFiles(PredictionFiles(predictions, vocabulary=vocabulary, free_space=free_space))
     choice = choose_frames(
         truth,
         scored.sample_tokens,
         split=split,
-        record_tokens=None if source is None else source.sample_tokens,
+        record_tokens=None if source is None else [*source.sample_tokens, *skipped_tokens(records, split)],
         partial=partial,
     )
-    if RAYIOU in rules and choice.is_partial and source is None:
-        raise OccupancyFileError(
-            "RayIoU starts from the lidar's places at all key frames of a scene, and of some there is only a part "
-            "here: name the whole records with --records and --split, or leave RayIoU out"
-        )
-    origins = origins_by_token(scored.poses()) if RAYIOU in rules else {}
+    origins = _ray_origins(source, truth, choice.scored) if RAYIOU in rules else {}
     tallies = {name: Tally() for name in scored.label_sets}
     pairs = zip(choice.scored, scored.grids(choice.scored), strict=True)
     for token, (labels, unseen) in progress(pairs, len(choice.scored), "scoring key frames"):
@@ -123,8 +121,10 @@ def evaluate_occupancy(
         "predictions": predictions,
         **scored.details,
         "ground_truth": truth.description,
+        "ground_truth_folder": None if ground_truth == ACCUMULATED else ground_truth,
         "split": split,
         "frames": len(choice.scored),
+        "scenes": choice.scenes,
         "partial": choice.is_partial,
         "missing": choice.missing,
         "predictions_left_out": choice.left_out,
@@ -144,6 +144,20 @@ def _ground_truth(name: str, records: str | None, split: str | None, source: Rec
     return AccumulatedGroundTruth(source, read_boxes(records, split))
 
 
+def _ray_origins(
+    source: RecordSource | None, truth: GroundTruth, tokens: Sequence[str]
+) -> dict[str, Float64[np.ndarray, "origins 3"]]:
+    """Where the rays of each key frame start."""
+    if source is None:
+        raise OccupancyFileError(
+            "RayIoU starts from the lidar's places, which only records tell: name those of these key frames with "
+            "--records and --split, or leave RayIoU out"
+        )
+    origins = origins_by_token(poses_of_records(source))
+    check_poses(truth, tokens, origins)
+    return origins
+
+
 def _own(
     predictions: str,
     source: RecordSource | None,
@@ -155,7 +169,7 @@ def _own(
     """A run or a store."""
     if is_run(predictions):
         return ScoredRun(StudentLabels(predictions, step, prompts, absent_threshold), source)
-    return ScoredStore(StoreLabels(predictions, prompts, text_tower, absent_threshold), source)
+    return ScoredStore(StoreLabels(predictions, prompts, text_tower, absent_threshold))
 
 
 def _described(prompts: PromptSet | None) -> dict[str, Any] | None:
@@ -193,14 +207,39 @@ def _define_flags() -> None:
     flags.DEFINE_string("method", None, "How the report calls the prediction; the name of its folder by default.")
 
 
+# Flags that say something of one kind of prediction only.
+_OF_RUNS = ("step",)
+_OF_OURS = ("prompts", "absent_threshold")
+_OF_STORES = ("text_tower",)
+_OF_FILES = ("vocabulary", "free_space")
+
+
+def _check(values: flags.FlagValues) -> None:
+    """Raises ValueError where flags do not go together."""
+    if is_run(values.predictions):
+        kind, foreign = "a run", _OF_STORES + _OF_FILES
+    elif is_store(values.predictions):
+        kind, foreign = "a store", _OF_RUNS + _OF_FILES
+    else:
+        kind, foreign = "a folder of files", _OF_RUNS + _OF_OURS + _OF_STORES
+    for name in foreign:
+        if values[name].present:
+            raise ValueError(f"--{name} says nothing of {kind} ({values.predictions}): leave it out")
+    if values.all and values["rule"].present:
+        raise ValueError("--all is every rule: leave --rule out")
+    if values.rule == RAYIOU and values.mask and not values.all:
+        raise ValueError(f"--rule={RAYIOU} knows no mask: leave --mask out")
+
+
 def main(_: list[str]) -> None:
     with stop_with_message(
         OccupancyFileError, RecordError, WorkdirError, CheckpointError, GridStoreError, SplitError, ValueError
     ):
         values = flags.FLAGS
+        _check(values)
         same = ("records", "split", "prompts", "absent_threshold", "step", "text_tower", "vocabulary", "free_space")
         rules = RULE_NAMES if values.all else (values.rule,)
-        masks = tuple(values.mask or (MASKS if values.all else MASKS[:1]))
+        masks = tuple(dict.fromkeys(values.mask or (MASKS if values.all else MASKS[:1])))
         report = evaluate_occupancy(
             values.ground_truth,
             values.predictions,

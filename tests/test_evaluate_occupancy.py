@@ -141,13 +141,44 @@ def test_a_store_is_looked_up(truth, small_run, small_records, tmp_path):
     assert report["scores"]["resampled"][0]["iou"] == pytest.approx(of_run[0]["iou"], abs=0.2)
 
 
-@pytest.mark.slow
-def test_rays_of_a_part_of_a_scene_need_the_whole_one(truth, small_run, tmp_path):
-    store = tmp_path / "grids.zarr"
-    done = command("pop3d_jax.export", f"--workdir={small_run}", "--split=val", "--samples=0", f"--out={store}")
-    assert done.returncode == 0, done.stderr
-    with pytest.raises(OccupancyFileError, match=r"only a part here: name the whole records"):
-        score(truth, store, (RAYIOU,), partial=True)
+def test_rays_need_every_pose_of_a_scene(truth, perfect, small_records, tmp_path):
+    """A ground truth of one key frame more than the records: its scene has another place that rays start from."""
+    more, files = tmp_path / "gts", tmp_path / "files"
+    shutil.copytree(truth, more)
+    shutil.copytree(perfect, files)
+    scene = next(entry for entry in more.iterdir() if entry.is_dir())
+    shutil.copytree(next(scene.iterdir()), scene / "another")
+    shutil.copy(next(files.glob("*.npz")), files / "another.npz")
+    arguments = {"records": str(small_records), "split": "val"}
+    assert score(more, files, **arguments)["frames"] == 3
+    with pytest.raises(OccupancyFileError, match=r"have no pose for 1 of 3 \(another\) key frames"):
+        score(more, files, (RAYIOU,), partial=True, **arguments)
+
+
+def test_key_frames_that_the_records_skipped_are_missing(truth, perfect, small_records, tmp_path):
+    records = tmp_path / "records"
+    shutil.copytree(small_records, records)
+    path = records / "index_val.json"
+    index = json.loads(path.read_text())
+    index["shards"][0]["skipped"].append({"sample_token": "damaged", "error": "made up"})
+    path.write_text(json.dumps(index))
+    with pytest.raises(OccupancyFileError, match=r"ground truth of 1 of 3 \(damaged\) key frames of the records"):
+        score(truth, perfect, records=str(records), split="val")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompts=pop3d"], "--prompts says nothing of a folder of files"),
+        (["--step=3"], "--step says nothing of"),
+        (["--all", "--rule=locc"], "leave --rule out"),
+        (["--rule=rayiou", "--mask=lidar"], "leave --mask out"),
+    ],
+)
+def test_flags_that_say_nothing_are_refused(truth, perfect, flags, message):
+    done = command("pop3d_jax.evaluate_occupancy", f"--ground_truth={truth}", f"--predictions={perfect}", *flags)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
 
 
 def test_a_part_is_never_printed_as_the_whole(truth, perfect, small_records, tmp_path):
@@ -188,7 +219,7 @@ def test_labels_accumulated_from_records(small_world, small_records, perfect, tm
     )
     assert done.returncode == 0, done.stderr
     report = score("accumulated", perfect, **arguments)
-    assert "Occ3D" in report["ground_truth"]  # says that it is not
+    assert "our own construction, not Occ3D's labels" in report["ground_truth"]
     assert report["frames"] == len(RecordSource(small_records, "val"))
     # Two sweeps see less than there is, and what they see is there.
     assert 5 < report["scores"]["files"][0]["iou"] < 100
@@ -215,6 +246,46 @@ def test_an_error_is_one_line(truth, perfect):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: RayIoU starts from the lidar's places")
     assert not done.stdout
+
+
+def report_of(method="a|b", truth="Occ3D's labels.npz files", **changes):
+    row = {"rule": "challenge", "mask": "camera", "classes": ["car"], "miou": 10.0, "iou": 20.0}
+    rows = [row, row | {"mask": "none", "miou": 5.0}, row | {"rule": "occnerf", "miou": None}]
+    report = {"method": method, "ground_truth": truth, "frames": 3, "split": "val", "partial": False, "missing": []}
+    return report | {"scores": {"files": rows}, "command": "python", "prompts": None} | changes
+
+
+def test_the_page_keeps_ground_truths_and_parts_apart(tmp_path):
+    reports = {
+        "one": report_of(),
+        "two": report_of(truth="accumulated, not Occ3D's"),
+        "three": report_of(method="c", partial=True, missing=["predictions of 1 of 4 (x) key frames"]),
+    }
+    for name, report in reports.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    out = tmp_path / "pages" / "page.md"
+    done = command("pop3d_jax.occupancy_results", f"--results={tmp_path}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    sections = dict(part.split("\n", 1) for part in out.read_text().split("\n## ")[1:])
+    occ3d, accumulated = sections["Against Occ3D's labels.npz files"], sections["Against accumulated, not Occ3D's"]
+    # Two rows of each report's table, one of its spread.
+    assert accumulated.count("| a\\|b | files | 3 of val |") == 3
+    assert occ3d.count("| a\\|b | files | 3 of val |") == 3
+    assert occ3d.count("| c | files | 3 of val **PARTIAL** |") == 3
+    assert "**PARTIAL**, c: missing are predictions of 1 of 4 (x) key frames" in occ3d
+    assert "PARTIAL" not in accumulated
+    assert "| 5.00 | challenge, mask none | 10.00 | challenge, mask camera | 2.00 |" in accumulated
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"scores": []}, {"scores": {}}, {"scores": {"files": [{"rule": "challenge"}]}}, {"prompts": "plain"},
+     {"scores": {"files": [report_of()["scores"]["files"][0] | {"rule": "unknown"}]}}],
+)  # fmt: skip
+def test_the_page_refuses_reports_of_another_form(tmp_path, changes):
+    (tmp_path / "a.json").write_text(json.dumps(report_of(**changes)))
+    with pytest.raises(ReportError, match=r"a\.json is no report .* it has no scores as this version writes them"):
+        read_reports(tmp_path)
 
 
 def test_the_page_refuses_what_is_no_report(tmp_path):

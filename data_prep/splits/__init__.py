@@ -10,6 +10,9 @@ SPLITS_OF_VERSION = {
     "v1.0-test": ("test",),
 }
 
+# How many key frames the official splits have.
+KEY_FRAMES = {"train": 28_130, "val": 6_019, "test": 6_008, "mini_train": 323, "mini_val": 81}
+
 
 class SplitError(ValueError):
     """A split or version that does not exist; the message names those that do."""

@@ -162,6 +162,11 @@ def read_index(records_dir: epath.PathLike, split: str) -> SplitIndex:
     raise RecordError(f"{path} has schema {schema}, this program reads {SCHEMA_VERSION}: build into a new folder")
 
 
+def skipped_tokens(records_dir: epath.PathLike, split: str) -> list[str]:
+    """Sample tokens of the key frames that a split's build left out; raises as `read_index`."""
+    return [entry["sample_token"] for shard in read_index(records_dir, split).shards for entry in shard.skipped]
+
+
 def shard_index_path(shard: epath.PathLike) -> epath.Path:
     """Path of the index of a finished shard."""
     shard = epath.Path(shard)

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Protocol, runtime_checkable
 
-from data_prep.splits import scene_names
+from data_prep.splits import KEY_FRAMES, scene_names
 from pop3d_jax.occ3d.grid import Occ3DFrame
 from pop3d_jax.occ3d.label_files import OccupancyFileError
 
+# How many of a long list are named.
 _NAMED = 3
 
 
@@ -30,12 +31,14 @@ class FrameChoice:
     Attributes:
       scored: sample tokens, in the order of the ground truth.
       missing: what is missing of a whole score, in words; empty where nothing is.
-      left_out: how many predicted key frames belong to no part of it.
+      left_out: how many key frames are predicted besides.
+      scenes: how many scenes the scored ones are of.
     """
 
     scored: list[str]
     missing: list[str]
     left_out: int
+    scenes: int
 
     @property
     def is_partial(self) -> bool:
@@ -53,14 +56,15 @@ def choose_frames(
 ) -> FrameChoice:
     """The key frames to score.
 
-    A whole score takes every key frame of the records and of their scenes where records are named, else of every scene
-    of an official split, else of the whole ground truth.
+    A whole score takes every key frame of the records, those that their build skipped too, and of their scenes where
+    records are named; else of every scene of an official split, as many as nuScenes has; else of the whole ground
+    truth, and then every prediction must have its ground truth.
 
     Args:
       truth: what there is to score against.
       predicted: sample tokens of the predictions.
-      split: of nuScenes, such as "val"; without records.
-      record_tokens: sample tokens of the records' split.
+      split: such as "val"; without records one of nuScenes'.
+      record_tokens: sample tokens of the records' split, skipped ones too.
       partial: score what there is where something is missing.
 
     Raises:
@@ -72,21 +76,32 @@ def choose_frames(
     if record_tokens is not None:
         unlabelled = [token for token in record_tokens if token not in known]
         if unlabelled:
-            missing.append(f"ground truth of {_some(unlabelled, len(record_tokens))} key frames of the records")
+            missing.append(f"ground truth of {some(unlabelled, len(record_tokens))} key frames of the records")
         scenes = {truth.scene_of(token) for token in record_tokens if token in known}
+        if split in KEY_FRAMES:
+            official = set(scene_names(split))
+            beside = {truth.scene_of(token) for token in truth.sample_tokens} & official - scenes
+            if beside:
+                missing.append(f"records of {some(sorted(beside), len(beside | scenes))} scenes of the split {split}")
         whole = [token for token in whole if truth.scene_of(token) in scenes]
     elif split is not None:
         names = scene_names(split)
         there = {truth.scene_of(token) for token in truth.sample_tokens}
         absent = [name for name in names if name not in there]
         if absent:
-            missing.append(f"ground truth of {_some(absent, len(names))} scenes of the split {split}")
+            missing.append(f"ground truth of {some(absent, len(names))} scenes of the split {split}")
         whole = [token for token in whole if truth.scene_of(token) in set(names)]
+        if not absent and len(whole) != KEY_FRAMES[split]:
+            missing.append(f"ground truth: {len(whole)} key frames, the split {split} has {KEY_FRAMES[split]}")
+    elif beside := sorted(set(predicted) - known):
+        missing.append(f"ground truth of {some(beside, len(predicted))} predicted key frames")
     predicted = set(predicted)
     unpredicted = [token for token in whole if token not in predicted]
     if unpredicted:
-        missing.append(f"predictions of {_some(unpredicted, len(whole))} key frames")
-    choice = FrameChoice([token for token in whole if token in predicted], missing, len(predicted - set(whole)))
+        missing.append(f"predictions of {some(unpredicted, len(whole))} key frames")
+    scored = [token for token in whole if token in predicted]
+    scenes = {truth.scene_of(token) for token in scored}
+    choice = FrameChoice(scored, missing, len(predicted - set(whole)), len(scenes))
     if not choice.scored:
         raise OccupancyFileError(
             "no key frame has both ground truth and a prediction: are their sample tokens, folders or files nuScenes'?"
@@ -99,6 +114,7 @@ def choose_frames(
     return choice
 
 
-def _some(names: Sequence[str], of: int) -> str:
+def some(names: Sequence[str], of: int) -> str:
+    """How many of how many, and the first of them by name."""
     more = ", ..." if len(names) > _NAMED else ""
     return f"{len(names)} of {of} ({', '.join(names[:_NAMED])}{more})"

@@ -1,7 +1,7 @@
 """One grid of labels in one .npz file: read whole and checked, or refused by name."""
 
-import zipfile
-import zlib
+from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,19 +17,23 @@ class OccupancyFileError(Exception):
     """Ground truth or a prediction cannot be scored as it is; names the file and what to do."""
 
 
-def read_arrays(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """All arrays of a .npz file.
+def read_arrays(path: epath.PathLike, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Arrays of a .npz file: all, or those of the names that it has.
 
     Raises:
       OccupancyFileError: the file is missing, cut off or damaged, or needs unpickling.
     """
+    return _read(path, lambda arrays: {name: arrays[name] for name in arrays if names is None or name in names})
+
+
+def _read(path: epath.PathLike, take: Callable[[np.lib.npyio.NpzFile], Any]) -> Any:
     path = epath.Path(path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays}
+            return take(arrays)
     except FileNotFoundError as error:
         raise OccupancyFileError(f"{path} does not exist") from error
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # zipfile, zlib, tokenize and NumPy each raise their own
         raise OccupancyFileError(
             f"{path} cannot be read as a .npz file of plain arrays ({error}): half-written or damaged; write it again"
         ) from error
@@ -78,3 +82,12 @@ def checked_mask(array: np.ndarray, where: str) -> Bool[np.ndarray, "x y z"]:
     if not np.isin(array, (0, 1)).all():
         raise OccupancyFileError(f"{where} holds values other than 0 and 1")
     return array.astype(bool)
+
+
+def array_names(path: epath.PathLike) -> list[str]:
+    """Names of the arrays of a .npz file, none of which is read.
+
+    Raises:
+      OccupancyFileError: the file is missing or damaged.
+    """
+    return _read(path, lambda arrays: list(arrays.files))

@@ -1,13 +1,14 @@
-"""Poses of key frames, from records or from a store: where the rays of RayIoU start."""
+"""Poses of key frames, from records: where the rays of RayIoU start."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float64
 
 from pop3d_jax.data.records import RecordSource
-from pop3d_jax.grids.feature_grids import FeatureGrids
+from pop3d_jax.occ3d.frames import GroundTruth, some
+from pop3d_jax.occ3d.label_files import OccupancyFileError
 from pop3d_jax.occ3d.origins import lidar_origins
 
 
@@ -29,19 +30,11 @@ def poses_of_records(source: RecordSource) -> Iterator[KeyFramePose]:
         yield KeyFramePose(**{field.name: getattr(key_frame, field.name) for field in dataclasses.fields(KeyFramePose)})
 
 
-def poses_of_store(grids: FeatureGrids) -> Iterator[KeyFramePose]:
-    """Of every key frame of a store."""
-    timestamp, lidar_to_ego, ego_to_global = (
-        grids.store.read(name) for name in ("timestamp", "lidar_to_ego", "ego_to_global")
-    )
-    for number, (token, scene) in enumerate(zip(grids.sample_tokens, grids.scene_names, strict=True)):
-        yield KeyFramePose(token, scene, int(timestamp[number]), lidar_to_ego[number], ego_to_global[number])
-
-
 def origins_by_token(poses: Iterable[KeyFramePose]) -> dict[str, Float64[np.ndarray, "origins 3"]]:
     """For each key frame the lidar's places at the key frames of its scene, as RayIoU takes them; see `lidar_origins`.
 
     The poses must be those of whole scenes: a key frame that is missing is a place that no ray starts from.
+    `check_poses` finds out.
     """
     scenes: dict[str, list[KeyFramePose]] = {}
     for pose in poses:
@@ -54,3 +47,19 @@ def origins_by_token(poses: Iterable[KeyFramePose]) -> dict[str, Float64[np.ndar
         for number, pose in enumerate(in_time):
             origins[pose.sample_token] = lidar_origins(lidar_to_ego, ego_to_global, number)
     return origins
+
+
+def check_poses(truth: GroundTruth, tokens: Sequence[str], posed: Collection[str]) -> None:
+    """Checks that there is a pose for every key frame of the scenes that are scored: else rays start elsewhere.
+
+    Raises:
+      OccupancyFileError: names those without one.
+    """
+    scenes = {truth.scene_of(token) for token in tokens}
+    lacking = [token for token in truth.sample_tokens if token not in posed and truth.scene_of(token) in scenes]
+    if lacking:
+        raise OccupancyFileError(
+            f"RayIoU starts from the lidar's places at all key frames of a scene, and the records have no pose for "
+            f"{some(lacking, len(truth.sample_tokens))} key frames of the scored scenes: name whole records, or leave "
+            "RayIoU out"
+        )

@@ -15,7 +15,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from pop3d_jax.occ3d.grid import FREE, OCC3D_VOLUME
-from pop3d_jax.occ3d.label_files import OccupancyFileError, checked_labels, read_arrays
+from pop3d_jax.occ3d.label_files import OccupancyFileError, array_names, checked_labels, read_arrays
 
 _DENSE = ("arr_0", "pred", "occ_pred", "semantics")
 _SPARSE = ("occ_loc", "sem_pred")
@@ -29,7 +29,7 @@ class PredictionFiles:
     """
 
     def __init__(self, folder: epath.PathLike, *, vocabulary: int | None = None, free_space: int | None = None):
-        """Looks for the files; those of LangOcc's layout are listed by reading them.
+        """Looks for the files; none is read yet.
 
         Args:
           folder: local or gs://.
@@ -61,17 +61,28 @@ class PredictionFiles:
             )
             raise OccupancyFileError(f"--predictions: {self.folder} holds no predictions{advice}")
         # LangOcc's files hold a scene: the last one is kept.
-        self._open_scene: tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]] = ("", {}, {})
+        self._open_scene: tuple[str, dict[str, np.ndarray], dict[str, np.ndarray] | None] = ("", {}, None)
         self.sample_tokens = list(self._files)
 
     def _in_own_files(self) -> list[tuple[str, epath.Path]]:
-        flat = [(path.stem, path) for path in self.folder.glob("*.npz")]
-        by_scene = [(path.parent.name, path) for path in self.folder.glob("*/*/*.npz")]
-        return sorted(flat + by_scene, key=lambda item: str(item[1]))
+        flat, by_scene = self._flat_files(), list(self.folder.glob("*/*/*.npz"))
+        if flat and by_scene:
+            raise OccupancyFileError(
+                f"{self.folder} holds files of two layouts, {flat[0]} and {by_scene[0]}: keep one method's files"
+            )
+        found = [(path.stem, path) for path in flat] + [(path.parent.name, path) for path in by_scene]
+        return sorted(found, key=lambda item: str(item[1]))
+
+    def _flat_files(self) -> list[epath.Path]:
+        return list(self.folder.glob("*.npz"))
 
     def _in_scene_files(self) -> list[tuple[str, epath.Path]]:
+        if beside := self._flat_files():
+            raise OccupancyFileError(
+                f"{self.folder} holds files of two layouts, occupancy/ and {beside[0]}: keep one method's files"
+            )
         paths = sorted((self.folder / "occupancy").glob("*.npz"), key=str)
-        return [(token, path) for path in paths for token in read_arrays(path)]
+        return [(token, path) for path in paths for token in array_names(path)]
 
     def __getitem__(self, token: str) -> UInt8[np.ndarray, "x y z"]:
         """Reads a key frame's labels.
@@ -82,30 +93,41 @@ class PredictionFiles:
         path = self._files[token]
         if self._of_scenes:
             return self._of_langocc(token, path)
-        arrays = read_arrays(path)
-        if all(name in arrays for name in _SPARSE):
-            return _dense(arrays["occ_loc"], arrays["sem_pred"], str(path))
+        # Nothing else is read: FlashOCC's files hold a pickle beside.
+        arrays = read_arrays(path, (*_DENSE, *_SPARSE, "sample_token"))
+        told = arrays.get("sample_token", token)
+        if str(told) != token:
+            raise OccupancyFileError(f"{path} says that it is of key frame {told}, its place says {token}")
         names = [name for name in _DENSE if name in arrays]
-        if len(names) != 1:
+        if all(name in arrays for name in _SPARSE) and not names:
+            return _dense(arrays["occ_loc"], arrays["sem_pred"], str(path))
+        if len(names) != 1 or any(name in arrays for name in _SPARSE):
             raise OccupancyFileError(
-                f"{path} holds the arrays {', '.join(arrays) or 'none'}; exactly one of {', '.join(_DENSE)} must be "
-                f"among them, or both of {' and '.join(_SPARSE)}"
+                f"{path} holds the arrays {', '.join(array_names(path)) or 'none'}; exactly one of {', '.join(_DENSE)} "
+                f"must be among them, or both of {' and '.join(_SPARSE)}"
             )
         return checked_labels(arrays[names[0]], f"{path}, {names[0]},")
 
     def _of_langocc(self, token: str, path: epath.Path) -> UInt8[np.ndarray, "x y z"]:
-        scene = path.stem
-        if self._open_scene[0] != scene:
+        if self._open_scene[0] != path.stem:
             free = self.folder / "free_space" / path.name
-            self._open_scene = (scene, read_arrays(path), read_arrays(free) if free.exists() else {})
+            has_free = free.parent.is_dir()
+            self._open_scene = (path.stem, read_arrays(path), read_arrays(free) if has_free else None)
         _, occupancy, free_space = self._open_scene
         where = f"{path}, {token},"
         labels = _one_of(occupancy[token], self._vocabulary, where, "--vocabulary").copy()
-        if token in free_space:
-            free = _one_of(free_space[token], self._free_space, f"{where} free_space", "--free_space")
-            if free.shape != labels.shape:
-                raise OccupancyFileError(f"{where} has {labels.shape} labels and free_space {free.shape}")
-            labels[free.astype(bool)] = FREE
+        if free_space is None:
+            if not (labels == FREE).any():
+                raise OccupancyFileError(f"{where} has no free voxel, and there is no free_space/{path.name} beside it")
+            return checked_labels(labels, where)
+        if token not in free_space:
+            raise OccupancyFileError(f"free_space/{path.name} beside {where} lacks the key frame")
+        free = _one_of(free_space[token], self._free_space, f"{where} free_space", "--free_space")
+        if free.shape != labels.shape or not np.isin(free, (0, 1)).all():
+            raise OccupancyFileError(
+                f"{where} has {labels.shape} labels; its free_space {free.shape} must be as large, and of 0 and 1 only"
+            )
+        labels[free.astype(bool)] = FREE
         return checked_labels(labels, where)
 
 
@@ -113,6 +135,8 @@ def _one_of(array: np.ndarray, choice: int | None, where: str, flag: str) -> np.
     """One grid of several along the first axis."""
     if array.ndim == 3:
         return array
+    if array.ndim != 4 or not len(array):
+        raise OccupancyFileError(f"{where} has the shape {array.shape}: one grid or several are expected")
     if choice is None and len(array) > 1:
         raise OccupancyFileError(f"{where} holds {len(array)} grids: say which with {flag}, 0 to {len(array) - 1}")
     if not 0 <= (choice or 0) < len(array):
@@ -122,15 +146,20 @@ def _one_of(array: np.ndarray, choice: int | None, where: str, flag: str) -> np.
 
 def _dense(places: np.ndarray, labels: np.ndarray, where: str) -> UInt8[np.ndarray, "x y z"]:
     """A grid of the voxels that a sparse prediction names; the others are free."""
-    places, labels = places.reshape(-1, places.shape[-1]), labels.reshape(-1)
     size = OCC3D_VOLUME.grid_size
-    if places.shape != (len(labels), 3) or not ((places >= 0) & (places < size)).all():
+    if not all(array.ndim and array.dtype.kind in "iu" for array in (places, labels)) or places.shape[-1] != 3:
         raise OccupancyFileError(
-            f"{where}: occ_loc {places.shape} must hold indices below {size}, one for each of sem_pred"
+            f"{where}: occ_loc, {places.dtype} {places.shape}, must hold rows of three indices, and sem_pred, "
+            f"{labels.dtype} {labels.shape}, a label for each"
         )
-    if labels.dtype.kind not in "iu" or (labels < 0).any() or (labels > FREE).any():
+    places, labels = places.reshape(-1, 3), labels.reshape(-1)
+    if len(places) != len(labels) or not ((places >= 0) & (places < size)).all():
         raise OccupancyFileError(
-            f"{where}: sem_pred holds labels that Occ3D does not have; 0 to 16 are classes, {FREE} is free"
+            f"{where}: occ_loc, {len(places)} voxels, must hold indices below {size}, one for each of sem_pred"
+        )
+    if (labels < 0).any() or (labels > FREE).any():
+        raise OccupancyFileError(
+            f"{where}: sem_pred holds labels that Occ3D does not have: 0 to 16, or {FREE} for free"
         )
     different, counts = np.unique(places, axis=0, return_counts=True)
     if len(different) < len(places):

@@ -121,7 +121,13 @@ def read_prompt_file(path: epath.PathLike) -> PromptSet:
     if all(label == FREE for _, label in entries):
         raise ValueError(f"the prompt file {path} has no phrase of a class 0 to {FREE - 1}: give at least one")
     words, labels = zip(*entries, strict=True)
-    text = {name: str(facts.get(name, default)) for name, default in _unsaid(path).items()}
+    text = _unsaid(path) | {name: facts[name] for name in ("name", "source", "licence") if name in facts}
+    if not all(isinstance(value, str) and value for value in text.values()):
+        raise ValueError(f"the prompt file {path}: name, source and licence must be words")
+    if text["name"] in PROMPT_SETS:
+        raise ValueError(
+            f"the prompt file {path} calls itself {text['name']!r}, which is a shipped list: name it otherwise"
+        )
     return PromptSet(**text, phrases=words, labels=np.array(labels, np.uint8), templates=templates)
 
 

@@ -60,7 +60,8 @@ def _ray_row(tally: Tally) -> dict[str, Any]:
         "per_threshold": [100.0 * value for value in scores.per_threshold],
         # A class that no ray meets is undefined at every threshold.
         "per_class_iou": _by_name(per_class.mean(0)),
-        "rays": int(np.sum(tally.rays.ground_truth)),
+        "rays": int(tally.rays.predicted.sum()),
+        "unseen_percent": _share(tally.unseen["none"], int(tally.confusion["none"].sum())),
     }
 
 
@@ -112,9 +113,9 @@ def _partial_line(report: Mapping[str, Any]) -> str:
 
 
 def _head(report: Mapping[str, Any]) -> list[str]:
-    frames = f"{report['frames']} key frames"
+    frames = f"{report['frames']} key frames of {report['scenes']} scenes"
     if report["split"]:
-        frames += f" of split {report['split']}"
+        frames += f", split {report['split']}"
     lines = [
         f"{report['method']}: {report['predictions']}",
         f"against {report['ground_truth']}, {frames}",
@@ -122,7 +123,7 @@ def _head(report: Mapping[str, Any]) -> list[str]:
     if report["partial"]:
         lines.append(_partial_line(report))
     if report["predictions_left_out"]:
-        lines.append(f"left out: {report['predictions_left_out']} predicted key frames that belong to no scored scene")
+        lines.append(f"left out: {report['predictions_left_out']} more key frames that are predicted")
     prompts = report["prompts"]
     if prompts:
         templates = "each in the templates of the zero-shot protocol" if prompts["templates"] else "as they stand"
@@ -136,6 +137,11 @@ def _head(report: Mapping[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None or np.isnan(value) else f"{value:.2f}"
+
+
+def _classes(row: Mapping[str, Any]) -> str:
+    """How many of its classes a mean is of; none where it is not defined."""
+    return f"{row['classes_in_mean'] if _number(row['miou']) != '-' else 0}/{len(row['classes'])}"
 
 
 def _unseen_line(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -159,7 +165,7 @@ def _one_rule(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             lines += [f"{f'RayIoU@{threshold:g} m':<24}{_number(value):>12}" for threshold, value in pairs]
     if rule != RAYIOU:
         lines.append(f"{'IoU, occupied or free':<24}" + "".join(f"{_number(row['iou']):>12}" for row in rows))
-    counts = "".join(f"{row['classes_in_mean']}/{len(row['classes'])}".rjust(12) for row in rows)
+    counts = "".join(_classes(row).rjust(12) for row in rows)
     lines.append(f"{'classes in the mean':<24}" + counts)
     for class_name in rows[0]["per_class_iou"]:
         values = "".join(f"{_number(row['per_class_iou'][class_name]):>12}" for row in rows)

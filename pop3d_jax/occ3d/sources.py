@@ -8,8 +8,6 @@ from etils import epath
 from jaxtyping import Bool, UInt8
 
 from pop3d_jax.data.records import KeyFrame, RecordSource
-from pop3d_jax.occ3d.label_files import OccupancyFileError
-from pop3d_jax.occ3d.poses import KeyFramePose, poses_of_records, poses_of_store
 from pop3d_jax.occ3d.predictions import PredictionFiles
 from pop3d_jax.occ3d.prompts import PromptSet
 from pop3d_jax.occ3d.store_labels import StoreLabels
@@ -46,10 +44,6 @@ class Scored(Protocol):
         """Labels of key frames, in their order."""
         ...
 
-    def poses(self) -> Iterator[KeyFramePose]:
-        """Poses of all key frames of its scenes."""
-        ...
-
 
 class _KeyFramesOf(Sequence):
     """Chosen key frames of a split, each read when it is asked for."""
@@ -80,17 +74,14 @@ class ScoredRun:
         for labelled in self._labels.many(_KeyFramesOf(self._source, tokens)):
             yield {"queried": labelled.queried, "resampled": labelled.resampled}, labelled.unseen
 
-    def poses(self) -> Iterator[KeyFramePose]:
-        return poses_of_records(self._source)
-
 
 class ScoredStore:
-    """An exported store; see `Scored`. Poses are those of records where there are any, else its own."""
+    """An exported store; see `Scored`."""
 
     label_sets = ("resampled",)
 
-    def __init__(self, labels: StoreLabels, source: RecordSource | None):
-        self._labels, self._source = labels, source
+    def __init__(self, labels: StoreLabels):
+        self._labels = labels
         self.sample_tokens = labels.sample_tokens
         self.prompts = labels.prompts
         self.details = {}
@@ -99,32 +90,21 @@ class ScoredStore:
         for labelled in self._labels.many(tokens):
             yield {"resampled": labelled.resampled}, labelled.unseen
 
-    def poses(self) -> Iterator[KeyFramePose]:
-        return poses_of_store(self._labels.grids) if self._source is None else poses_of_records(self._source)
-
 
 class ScoredFiles:
-    """Files of any method; see `Scored`. Poses are those of records, where there are any."""
+    """Files of any method; see `Scored`."""
 
     label_sets = ("files",)
     prompts = None
 
-    def __init__(self, files: PredictionFiles, source: RecordSource | None):
-        self._files, self._source = files, source
+    def __init__(self, files: PredictionFiles):
+        self._files = files
         self.sample_tokens = files.sample_tokens
         self.details = {}
 
     def grids(self, tokens: Sequence[str]) -> Iterator[Grids]:
         for token in tokens:
             yield {"files": self._files[token]}, None
-
-    def poses(self) -> Iterator[KeyFramePose]:
-        if self._source is None:
-            raise OccupancyFileError(
-                "RayIoU starts from the lidar's places, which files of labels do not tell: name the records of these "
-                "key frames with --records and --split"
-            )
-        return poses_of_records(self._source)
 
 
 def is_run(path: epath.PathLike) -> bool:

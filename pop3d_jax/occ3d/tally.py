@@ -21,14 +21,12 @@ class Tally:
     """Sums over key frames of one prediction.
 
     Attributes:
-      frames: how many were added.
       confusion: for each mask, voxels by label in the ground truth and in the prediction; see `confusion_of`.
       unseen: for each mask, its voxels that lie outside the predicting network's volume.
       rays: counts of RayIoU; None where no origins were given.
     """
 
     def __init__(self) -> None:
-        self.frames = 0
         self.confusion: dict[str, Int64[np.ndarray, "19 18"]] = {}
         self.unseen = dict.fromkeys(MASKS, 0)
         self.rays: RayCounts | None = None
@@ -51,7 +49,6 @@ class Tally:
           origins: where rays start, metres, ego frame; None leaves RayIoU out.
           true_rays: what they hit in the ground truth, by `cast`: the same for every prediction.
         """
-        self.frames += 1
         for name in MASKS:
             mask = frame.mask(name)
             confusion = confusion_of(frame.semantics, predicted, mask)

@@ -22,7 +22,9 @@ def with_batch_axis(folder):
 
 def flashocc(folder):
     (folder / "scene-0001" / "aa").mkdir(parents=True)
-    np.savez_compressed(folder / "scene-0001" / "aa" / "pred.npz", pred=LABELS, gt=random_labels(4), sample_token="aa")
+    # FlashOCC gives the open ground truth file, which NumPy pickles.
+    arrays = {"pred": LABELS, "gt": np.array({}, object), "sample_token": "aa"}
+    np.savez_compressed(folder / "scene-0001" / "aa" / "pred.npz", **arrays)
 
 
 def occ3d(folder):
@@ -75,6 +77,15 @@ def test_langoccs_choices(tmp_path):
         ({"logits": LABELS}, "holds the arrays logits; exactly one of"),
         ({"occ_loc": PLACES + 200, "sem_pred": np.ones(len(PLACES), int)}, "must hold indices below"),
         ({"occ_loc": PLACES[:9], "sem_pred": np.ones(8, int)}, "one for each of sem_pred"),
+        (
+            {"occ_loc": PLACES.astype(float), "sem_pred": np.ones(len(PLACES), int)},
+            "float64 .* must hold rows of three",
+        ),
+        ({"occ_loc": np.ones(LABELS.shape, bool), "sem_pred": np.ones(3, int)}, "bool .* must hold rows of three"),
+        ({"occ_loc": np.array(1), "sem_pred": np.array(1)}, r"int64 \(\), must hold rows of three"),
+        ({"occ_loc": np.zeros(0, int), "sem_pred": np.zeros(0, int)}, r"int64 \(0,\), must hold rows of three"),
+        ({"occ_loc": PLACES, "sem_pred": np.ones(len(PLACES), int), "semantics": LABELS}, "exactly one of"),
+        ({"pred": LABELS, "sample_token": "bb"}, "says that it is of key frame bb, its place says aa"),
         ({"occ_loc": PLACES[[0, 1, 0]], "sem_pred": np.ones(3, int)}, r"names voxel \[.*\] twice"),
         ({"occ_loc": PLACES[:2], "sem_pred": np.array([3, 18])}, "sem_pred holds labels that Occ3D does not have"),
     ],
@@ -102,10 +113,45 @@ def test_doubled_and_absent_predictions_are_named(tmp_path):
     (tmp_path / "aa.pkl").write_bytes(b"")
     with pytest.raises(OccupancyFileError, match=r"pickles such as aa.pkl are not read"):
         PredictionFiles(tmp_path)
-    challenge(tmp_path)
     flashocc(tmp_path)
-    with pytest.raises(OccupancyFileError, match=r"aa is doubled: .*aa.npz and .*pred.npz"):
+    occ3d_copy = tmp_path / "scene-0002" / "aa"
+    occ3d_copy.mkdir(parents=True)
+    np.savez(occ3d_copy / "labels.npz", semantics=LABELS)
+    with pytest.raises(OccupancyFileError, match=r"aa is doubled: .*scene-0001.*pred.npz and .*scene-0002"):
         PredictionFiles(tmp_path)
+
+
+@pytest.mark.parametrize("other", [flashocc, langocc])
+def test_two_layouts_in_one_folder_are_refused(tmp_path, other):
+    challenge(tmp_path)
+    other(tmp_path)
+    with pytest.raises(OccupancyFileError, match="holds files of two layouts"):
+        PredictionFiles(tmp_path)
+
+
+def test_langoccs_free_space_is_needed(tmp_path):
+    langocc(tmp_path)
+    free = tmp_path / "free_space" / "scene-0001.npz"
+    np.savez(free, bb=LABELS == FREE)
+    with pytest.raises(OccupancyFileError, match="lacks the key frame"):
+        PredictionFiles(tmp_path)["aa"]
+    np.savez(free, aa=np.full(LABELS.shape, 0.3))
+    with pytest.raises(OccupancyFileError, match="as large, and of 0 and 1 only"):
+        PredictionFiles(tmp_path)["aa"]
+    free.unlink()
+    with pytest.raises(OccupancyFileError, match=r"free_space/scene-0001.npz does not exist"):
+        PredictionFiles(tmp_path)["aa"]
+    free.parent.rmdir()
+    with pytest.raises(OccupancyFileError, match="has no free voxel"):
+        PredictionFiles(tmp_path)["aa"]
+
+
+@pytest.mark.parametrize("shape", [(), (200, 200), (0, 200, 200, 16)])
+def test_langoccs_other_shapes_are_named(tmp_path, shape):
+    (tmp_path / "occupancy").mkdir()
+    np.savez(tmp_path / "occupancy" / "scene-0001.npz", aa=np.zeros(shape, np.uint8))
+    with pytest.raises(OccupancyFileError, match="one grid or several are expected"):
+        PredictionFiles(tmp_path)["aa"]
 
 
 def test_labels_are_not_unpickled(tmp_path):

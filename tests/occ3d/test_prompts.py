@@ -101,6 +101,9 @@ def test_a_users_file(tmp_path):
         ('[["car", 4], ["bus", 3], ["Car ", 4]]', "entries 0 and 2 both say 'Car'"),
         ('[["car", 4], [" ", 4]]', "entry 1 .*: give a phrase and its label"),
         ('[["car", 4, 5]]', "entry 0 .*: give a phrase and its label"),
+        ('{"name": "gausstr", "phrases": [["car", 4]]}', "calls itself 'gausstr', which is a shipped list"),
+        ('{"name": ["a"], "phrases": [["car", 4]]}', "name, source and licence must be words"),
+        ('{"source": null, "phrases": [["car", 4]]}', "name, source and licence must be words"),
         ('["car"]', "entry 0 .*: give a phrase and its label"),
     ],
 )
