@@ -1,4 +1,4 @@
-# make demo · make demo-scalr · make test · make bench · make docs    (each sets itself up: Python 3.11 and make are all it needs)
+# make demo · make demo-scalr · make demo-occupancy · make test · make bench · make docs    (each sets itself up: Python 3.11 and make are all it needs)
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -11,7 +11,7 @@ PARALLEL ?= -n 2 --dist loadfile
 export TF_CPP_MIN_LOG_LEVEL := 3
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo demo-scalr test test-full lint bench docs install install-dev clean
+.PHONY: demo demo-scalr demo-occupancy test test-full lint bench docs install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -41,6 +41,20 @@ demo: install
 	@echo "numbers:  $(DEMO)/results.json"
 	@echo "pictures: $(DEMO)/tree.png $(DEMO)/red_car.png"
 	@echo "ask more: $(RUN) -m pop3d_jax.query --workdir $(DEMO)/run --sample 5 --text \"a yellow car\" --out answer.png"
+
+# The demo's network on Occ3D's grid, by every rule, with three lists of prompts, against the world's true labels and
+# against labels accumulated from its sweeps: $(DEMO)/occupancy.md. After `make demo`.
+demo-occupancy: install
+	@test -d $(DEMO)/run || { echo "there is no $(DEMO)/run to score: run make demo first" >&2; exit 1; }
+	$(RUN) -m data_prep.dense_labels --world $(DEMO)/world --split val --out $(DEMO)/gts
+	$(RUN) -m data_prep.boxes --source $(DEMO)/world --version v1.0-trainval --split val --out $(DEMO)/records
+	for prompts in plain pop3d gausstr; do \
+		$(RUN) -m pop3d_jax.evaluate_occupancy --ground_truth $(DEMO)/gts --predictions $(DEMO)/run --all \
+			--prompts $$prompts --method "demo, $$prompts" --out $(DEMO)/occupancy/$$prompts.json || exit 1; \
+	done
+	$(RUN) -m pop3d_jax.evaluate_occupancy --ground_truth accumulated --predictions $(DEMO)/run --all \
+		--method "demo, plain" --out $(DEMO)/occupancy/accumulated.json
+	$(RUN) -m pop3d_jax.occupancy_results --results $(DEMO)/occupancy --out $(DEMO)/occupancy.md
 
 # The second system: one world seen by the sensors of three data sets, each in its own layout on disk. PandaSet's layout is
 # of pandas tables.
