@@ -154,6 +154,9 @@ def write_labels(folder: Path, frame: Occ3DFrame) -> None:
 def _label_scene(work: _SceneWork) -> int:
     recorded = RecordedScene(work.task)
     frames = key_frames_as_recorded(recorded, work.rows)
+    # Before any labels: a half-finished folder says whose they are, too.
+    work.out.mkdir(parents=True, exist_ok=True)
+    describe_labels(work.out, f"true labels of a synthetic world, seed {work.task.seed}")
     for number, row in enumerate(work.rows):
         write_labels(work.out / row.scene_name / row.sample_token, dense_frame(recorded, frames, number, row))
     return len(work.rows)
@@ -172,9 +175,6 @@ def label_world(world: Path, split: str, out: Path, workers: int) -> int:
     if broken:
         raise SourceError(broken[0])
     work = [_SceneWork(tasks[scene.scene_name], scene.key_frames, out) for scene in tables.scenes]
-    out.mkdir(parents=True, exist_ok=True)
-    seeds = sorted({scene.task.seed for scene in work})
-    describe_labels(out, f"true labels of a synthetic world, seed {', '.join(map(str, seeds))}")
     return sum(parallel.run(_label_scene, work, workers, "labelling scenes"))
 
 

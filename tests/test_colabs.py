@@ -180,6 +180,7 @@ def check_demo(notebook, folder):
     assert "&lt;canvas" in page or "&lt;script" in page
 
 
+@pytest.mark.slow
 def test_the_demo_runs(tiny_clip_folder, tmp_path):
     notebook = run(
         "demo",

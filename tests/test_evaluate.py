@@ -187,6 +187,7 @@ def test_an_empty_phrase_is_refused(small_run, tmp_path):
         query.query(small_run, "  ", "0", tmp_path / "answer.png")
 
 
+@pytest.mark.slow
 def test_a_run_whose_teacher_has_no_texts_answers_no_phrases(small_run, dinov2_folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small_run, run)

@@ -252,9 +252,14 @@ def run_with(small_run, tmp_path):
 @pytest.mark.parametrize(
     ("section", "flags", "expected"),
     [
-        ({"threshold": 0.0, "top_k": 9, "precision": "float16"}, [], Selection(0.0, 9, "float16")),
+        pytest.param(
+            {"threshold": 0.0, "top_k": 9, "precision": "float16"},
+            [],
+            Selection(0.0, 9, "float16"),
+            marks=pytest.mark.slow,
+        ),
         ({"top_k": 9}, ["--dense", "--precision=float16"], Selection(0.0, 0, "float16")),
-        (None, ["--top_k=7"], Selection(0.5, 7, "int8")),
+        pytest.param(None, ["--top_k=7"], Selection(0.5, 7, "int8"), marks=pytest.mark.slow),
     ],
 )
 def test_the_run_says_which_voxels_unless_a_flag_does(run_with, tmp_path, section, flags, expected):

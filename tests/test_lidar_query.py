@@ -79,6 +79,7 @@ def test_a_point_finds_what_is_like_it(small_distillation_run, small_records, tm
     assert blue > 20
 
 
+@pytest.mark.slow
 def test_a_rig_with_one_camera_and_other_axes(small_distillation_run, semantic_kitti_records, tmp_path):
     (tmp_path / "semantic_kitti").symlink_to(semantic_kitti_records)
     asked = {"text": "a tree", "dataset": "semantic_kitti", "records": str(tmp_path)}

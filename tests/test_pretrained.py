@@ -81,6 +81,7 @@ def test_another_backbone_is_refused_with_all_its_problems(model):
     )
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_the_files(model, student_config, small_records, tmp_path):
     source = RecordSource(small_records, "train")
     settings = example_settings(student_config, training=True)

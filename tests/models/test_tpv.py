@@ -102,6 +102,7 @@ def test_rematerialised_layers_and_slices_change_nothing(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max())
 
 
+@pytest.mark.slow
 def test_tokens_no_camera_sees_get_the_bias_only():
     graph, state, features, lidar_to_image, image_hw = _encoder_case(cameras=1)
 
