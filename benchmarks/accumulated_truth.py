@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Int64
 
 from benchmarks.report import Table
 from data_prep.boxes import write_split_boxes
@@ -27,6 +27,7 @@ from data_prep.world.recording import VERSION
 from data_prep.world.truth import SPACING, true_semantics
 from pop3d_jax.data.records import RecordSource
 from pop3d_jax.occ3d.accumulated import AccumulatedGroundTruth
+from pop3d_jax.occ3d.counts import confusion_of
 from pop3d_jax.occ3d.grid import FREE, Occ3DFrame
 
 _SCENES = flags.DEFINE_integer("scenes", 4, "Scenes.", lower_bound=2)
@@ -48,14 +49,6 @@ def masks_of(truth: Occ3DFrame, accumulated: Occ3DFrame) -> dict[str, Bool[np.nd
         "true: camera": truth.mask_camera,
         "true: camera and lidar": truth.mask_camera & truth.mask_lidar,
     }
-
-
-def confusion(
-    truth: UInt8[np.ndarray, "x y z"], other: UInt8[np.ndarray, "x y z"], mask: Bool[np.ndarray, "x y z"]
-) -> Int64[np.ndarray, "18 18"]:
-    """Voxels by true label (rows) and the other one."""
-    key = truth[mask].astype(np.int64) * _LABELS + other[mask]
-    return np.bincount(key, minlength=_LABELS**2).reshape(_LABELS, _LABELS)
 
 
 def _percent(part: float, whole: float) -> str:
@@ -103,7 +96,7 @@ def main(_: list[str]) -> None:
                 for name, spent in zip(seconds, np.diff(marks), strict=True):
                     seconds[name].append(float(spent))
                 for name, mask in masks_of(truth, ours).items():
-                    counts[name] = counts.get(name, 0) + confusion(truth.semantics, ours.semantics, mask)
+                    counts[name] = counts.get(name, 0) + confusion_of(truth.semantics, ours.semantics, mask)[:_LABELS]
             fine = true_semantics(recorded.scene, recorded.solids, frames[-1].time, spacing=SPACING / 2)
             changed = (fine != FREE) != (truth.semantics != FREE)
             relabelled = (fine != truth.semantics) & ~changed

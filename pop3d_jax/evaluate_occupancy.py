@@ -30,17 +30,18 @@ from pop3d_jax.data.shards import skipped_tokens
 from pop3d_jax.grids.store import GridStoreError
 from pop3d_jax.occ3d.accumulated import AccumulatedGroundTruth
 from pop3d_jax.occ3d.frames import GroundTruth, choose_frames
-from pop3d_jax.occ3d.grid import MASKS
+from pop3d_jax.occ3d.grid import MASKS, OCC3D_VOLUME
 from pop3d_jax.occ3d.ground_truth import Occ3DGroundTruth
 from pop3d_jax.occ3d.label_files import OccupancyFileError
 from pop3d_jax.occ3d.poses import check_poses, origins_by_token, poses_of_records
 from pop3d_jax.occ3d.predictions import PredictionFiles
 from pop3d_jax.occ3d.prompts import PROMPT_SETS, PromptSet, prompt_set, read_prompt_file
+from pop3d_jax.occ3d.rays import cast_rays, ray_directions
 from pop3d_jax.occ3d.report import RAYIOU, RULE_NAMES, format_report, rows_of
 from pop3d_jax.occ3d.sources import LABEL_SETS, Scored, ScoredFiles, ScoredRun, ScoredStore, is_run, is_store
 from pop3d_jax.occ3d.store_labels import StoreLabels
 from pop3d_jax.occ3d.student_labels import StudentLabels
-from pop3d_jax.occ3d.tally import Tally, cast
+from pop3d_jax.occ3d.tally import Tally
 from pop3d_jax.progress import progress
 from pop3d_jax.shared_flags import define_records_flags, define_report_flags
 from pop3d_jax.workdir import WorkdirError, read_config
@@ -113,7 +114,7 @@ def evaluate_occupancy(
     for token, (labels, unseen) in progress(pairs, len(choice.scored), "scoring key frames"):
         frame = truth[token]
         starts = origins.get(token)
-        true_rays = None if starts is None else cast(frame.semantics, starts)
+        true_rays = None if starts is None else cast_rays(frame.semantics, starts, ray_directions(), OCC3D_VOLUME)
         for name, tally in tallies.items():
             tally.add(frame, labels[name], unseen=unseen, origins=starts, true_rays=true_rays)
     return {

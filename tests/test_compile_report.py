@@ -74,6 +74,7 @@ def test_an_abstract_teacher_has_the_shapes_of_the_loaded_one(small_config):
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 def test_the_published_teachers_need_no_files(small_config):
     small_config.teacher.path = "openai/clip-vit-base-patch16"
     assert abstract_teacher(small_config.teacher).feature_dim == 512

@@ -58,6 +58,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(official, small_config,
         weights_to_workdir(official, small_config, tmp_path / "run", "")
 
 
+@pytest.mark.slow
 def test_a_lidar_run_goes_out_and_comes_back(small_lidar_run, small_lidar_config, tmp_path):
     state = workdir_to_weights(small_lidar_run)
     write_state_dict(tmp_path / "weights.safetensors", state)

@@ -88,6 +88,7 @@ def test_a_perfect_prediction_is_perfect_by_every_rule(truth, perfect, small_rec
     json.dumps(report)
 
 
+@pytest.mark.slow
 def test_a_run_is_asked_and_looked_up(truth, small_run, small_records, tmp_path):
     out = tmp_path / "ours.json"
     done = command(

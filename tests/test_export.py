@@ -185,6 +185,7 @@ def test_a_store_made_otherwise_stays(small_run, exported, flags, differing):
     assert sorted((file, file.stat().st_mtime_ns) for file in exported.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_store_of_another_model(small_run, exported, tmp_path):
     out = tmp_path / "grids.zarr"
     shutil.copytree(exported, out)

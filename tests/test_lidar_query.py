@@ -89,6 +89,7 @@ def test_a_rig_with_one_camera_and_other_axes(small_distillation_run, semantic_k
     assert picture.std() > 20
 
 
+@pytest.mark.slow
 def test_a_run_without_texts_still_answers_points(small_distillation_run, dinov2_folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small_distillation_run, run)
@@ -129,6 +130,7 @@ def test_questions_that_make_no_sense_are_refused(small_distillation_run, tmp_pa
         ask(run=run, point=(0.0, 0.0, 0.0))
 
 
+@pytest.mark.slow
 def test_phrases_of_a_benchmark_are_scored_over_the_points(small_distillation_run, small_world, tmp_path):
     report = evaluate.evaluate_lidar(small_distillation_run, str(small_world / "retrieval"))
     rows = {row["phrase"]: row for row in report["retrieval"]}

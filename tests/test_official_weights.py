@@ -36,6 +36,7 @@ def test_tiny_state_dict_survives_both_ways(official, model, golden_file):
 
 
 @pytest.mark.golden
+@pytest.mark.slow
 def test_full_inventory_converts_both_ways(golden_file):
     inventory = json.loads(golden_file("pop3d/full_state_dict_inventory.json").read_text())
     model = _abstract(Pop3DConfig())

@@ -228,6 +228,7 @@ def test_a_teacher_without_texts_is_named(dinov2_config, teacher_config, dinov2_
     assert load_text_side(teacher_config).model.vision.config.embedding == load_teacher(teacher_config).feature_dim
 
 
+@pytest.mark.slow
 def test_one_camera_over_a_data_axis(dinov2_config, dinov2_scene, tmp_path):
     """Each of two devices its own key frame: the same features as on one device."""
     program = """

@@ -16,6 +16,8 @@ from pop3d_jax.occ3d.grid import FREE
 from pop3d_jax.occ3d.rays import cast_rays, ray_directions
 from pop3d_jax.voxels import Volume
 
+# Labels and distances of what rays hit.
+CastRays = tuple[UInt8[np.ndarray, "origins rays"], Float32[np.ndarray, "origins rays"]]
 # RayIoU's, metres.
 THRESHOLDS = (1.0, 2.0, 4.0)
 
@@ -71,6 +73,7 @@ def count_rays(
     volume: Volume,
     directions: Float32[np.ndarray, "rays 3"] | None = None,
     thresholds: Sequence[float] = THRESHOLDS,
+    true_rays: CastRays | None = None,
 ) -> RayCounts:
     """Casts rays through ground truth and prediction of one key frame and counts them.
 
@@ -81,6 +84,7 @@ def count_rays(
       volume: where the grids lie.
       directions: from every origin; None takes `ray_directions()`.
       thresholds: metres.
+      true_rays: what `cast_rays` says of the ground truth, where that is known: it is the same for every prediction.
 
     Raises:
       ValueError: the shapes differ, a prediction is outside 0 to 17, or what `cast_rays` refuses.
@@ -89,9 +93,8 @@ def count_rays(
         raise ValueError(f"count_rays: ground truth of shape {semantics.shape}, prediction {predicted.shape}")
     check_predicted(predicted)
     directions = ray_directions() if directions is None else directions
-    true_labels, true_distances = cast_rays(semantics, origins, directions, volume)
-    labels, distances = cast_rays(predicted, origins, directions, volume)
-    return count_cast_rays(true_labels, true_distances, labels, distances, thresholds)
+    true_rays = true_rays or cast_rays(semantics, origins, directions, volume)
+    return count_cast_rays(*true_rays, *cast_rays(predicted, origins, directions, volume), thresholds)
 
 
 def count_cast_rays(

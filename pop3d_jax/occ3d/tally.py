@@ -1,20 +1,11 @@
 """What is counted of a prediction, key frame by key frame: enough for every rule at the end."""
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64, UInt8
+from jaxtyping import Bool, Float64, Int64, UInt8
 
 from pop3d_jax.occ3d.counts import confusion_of
 from pop3d_jax.occ3d.grid import MASKS, OCC3D_VOLUME, Occ3DFrame
-from pop3d_jax.occ3d.ray_iou import RayCounts, count_cast_rays
-from pop3d_jax.occ3d.rays import cast_rays, ray_directions
-
-# Labels and distances of what rays hit.
-Rays = tuple[UInt8[np.ndarray, "origins rays"], Float32[np.ndarray, "origins rays"]]
-
-
-def cast(labels: UInt8[np.ndarray, "x y z"], origins: Float64[np.ndarray, "origins 3"]) -> Rays:
-    """RayIoU's rays through labels on Occ3D's grid; origins in metres, ego frame."""
-    return cast_rays(labels, origins, ray_directions(), OCC3D_VOLUME)
+from pop3d_jax.occ3d.ray_iou import CastRays, RayCounts, count_rays
 
 
 class Tally:
@@ -38,7 +29,7 @@ class Tally:
         *,
         unseen: Bool[np.ndarray, "x y z"] | None = None,
         origins: Float64[np.ndarray, "origins 3"] | None = None,
-        true_rays: Rays | None = None,
+        true_rays: CastRays | None = None,
     ) -> None:
         """Adds a key frame.
 
@@ -47,7 +38,7 @@ class Tally:
           predicted: labels.
           unseen: voxels outside the network's volume.
           origins: where rays start, metres, ego frame; None leaves RayIoU out.
-          true_rays: what they hit in the ground truth, by `cast`: the same for every prediction.
+          true_rays: what they hit in the ground truth; see `count_rays`.
         """
         for name in MASKS:
             mask = frame.mask(name)
@@ -56,5 +47,5 @@ class Tally:
             if unseen is not None:
                 self.unseen[name] += int((unseen & mask).sum())
         if origins is not None:
-            counts = count_cast_rays(*(true_rays or cast(frame.semantics, origins)), *cast(predicted, origins))
+            counts = count_rays(frame.semantics, predicted, origins, OCC3D_VOLUME, true_rays=true_rays)
             self.rays = counts if self.rays is None else self.rays + counts

@@ -168,6 +168,7 @@ def _near_occupied(points, occupied, reach):
     return near
 
 
+@pytest.mark.slow
 def test_every_accumulated_noise_free_point_lies_within_a_spacing_of_a_truly_occupied_voxel(noise_free):
     """The rule: a point above the ground lies on the surface, so a sample lies within SPACING of it.
 

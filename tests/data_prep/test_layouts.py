@@ -164,6 +164,7 @@ def test_images_are_the_files_and_check_finds_nothing(world, records):
     assert found == [("train", 2, 2, []), ("val", 2, 2, [])]
 
 
+@pytest.mark.slow
 def test_tfds_reads_pngs_of_one_camera(semantic_kitti_records):
     program = (
         "import sys, tensorflow_datasets as tfds\n"

@@ -103,6 +103,7 @@ def test_every_problem_of_a_state_dict_is_listed(small_state):
         assert problem in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_half_loaded_deeper_network_is_refused(small_state):
     deeper = nnx.eval_shape(lambda: DeepLabV2(101, stem_channels=2, base_channels=1, aspp_channels=3, rngs=nnx.Rngs(0)))
     state = {key: np.ones(shape, np.float32) for key, shape in official_shapes(deeper).items()}

@@ -81,6 +81,7 @@ def test_bfloat16_computes_about_the_same():
         assert 0 < difference.max() < 0.1 * np.abs(exact).max()
 
 
+@pytest.mark.slow
 def test_cameras_are_not_interchangeable_and_items_do_not_mix():
     graph, state = nnx.split(Pop3D(SMALL, rngs=nnx.Rngs(0)))
     images, lidar_to_image, _ = _small_inputs()

@@ -132,6 +132,7 @@ def test_order_puts_participants_first():
     )
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_follows_it():
     graph, state, features, lidar_to_image, image_hw = _encoder_case(dropout_rate=0.3)
 

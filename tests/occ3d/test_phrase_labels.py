@@ -78,6 +78,7 @@ def test_the_first_of_equal_phrases_counts(text):
     assert best_labels(text.phrases[3:4], twice).tolist() == [8]
 
 
+@pytest.mark.slow
 def test_nothing_need_be_ahead_of_its_own_class(tiny_clip_folder):
     assert tuple(BACKGROUND_LABELS) == BACKGROUND_PHRASES
     for phrase, label in BACKGROUND_LABELS.items():

@@ -116,6 +116,7 @@ def test_wrong_files_are_named(tmp_path, content, words):
     assert str(file) in str(raised.value)
 
 
+@pytest.mark.slow
 def test_words_are_embedded_with_templates_or_as_they_are(tiny_clip_folder, tmp_path):
     clip = load_clip(str(tiny_clip_folder))
     file = tmp_path / "mine.json"

@@ -106,6 +106,7 @@ def test_a_distillation_comes_closer_to_its_teacher(small_lidar_run):
     assert all(row["train/paired_points"] > 0 for row in rows(small_lidar_run) if "train/total" in row)
 
 
+@pytest.mark.slow
 def test_probing_leaves_the_distilled_backbone_as_it_is(tmp_path, small_lidar_run, small_lidar_config, probe_config):
     probe_config.initial_weights = str(small_lidar_run)
     train(probe_config, tmp_path)
@@ -154,12 +155,14 @@ def test_an_evaluation_that_a_distillation_has_not_is_refused(tmp_path, small_li
         train(small_lidar_config, tmp_path)
 
 
+@pytest.mark.slow
 def test_initial_weights_of_another_backbone_are_refused(small_lidar_run, probe_config):
     probe_config.initial_weights = str(small_lidar_run)
     probe_config.model.channels = 8
     refused(probe_config, r"config\.initial_weights=.* is of another backbone: model\.channels: 16, here 8")
 
 
+@pytest.mark.slow
 def test_initial_weights_go_into_grids_of_any_size(small_lidar_run, probe_config):
     probe_config.initial_weights = str(small_lidar_run)
     parameters, _ = build_lidar_student(probe_config)
