@@ -123,6 +123,7 @@ def test_two_hosts_report_what_one_does(small_run, small_world, report, tmp_path
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_lidarseg_labels_every_point_and_agrees_with_evaluate(small_run, small_records, report, tmp_path):
     lidarseg = evaluate_lidarseg.evaluate_lidarseg(small_run, submission=tmp_path, submission_split="mini_val")
     source = RecordSource(small_records, "val")

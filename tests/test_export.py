@@ -84,6 +84,7 @@ def test_grids_hold_what_the_network_predicts(small_run, exported):
         np.testing.assert_array_equal(grid.ego_to_global, frame.ego_to_global)
 
 
+@pytest.mark.slow
 def test_a_phrase_is_looked_up_in_all_key_frames(exported, tmp_path):
     done = command(
         "query", f"--grids={exported}", "--text=a red car", "--text=a tree", "--top=3", f"--out={tmp_path / 'hits.png'}"

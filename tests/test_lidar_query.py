@@ -62,6 +62,7 @@ def test_a_phrase_is_answered_on_the_sweep(small_distillation_run, small_records
     assert answer.shape != other.shape or (answer != other).any(-1).mean() > 0.01
 
 
+@pytest.mark.slow
 def test_a_point_finds_what_is_like_it(small_distillation_run, small_records, tmp_path):
     points = RecordSource(small_records, "val")[0].points[:, :3]
     place = tuple(map(float, points[40]))
@@ -102,6 +103,7 @@ def test_a_run_without_texts_still_answers_points(small_distillation_run, dinov2
     _picture(tmp_path / "answer.png")
 
 
+@pytest.mark.slow
 def test_questions_that_make_no_sense_are_refused(small_distillation_run, tmp_path):
     def ask(sample="0", run=small_distillation_run, **question):
         return lidar_query.lidar_query(run, sample, tmp_path / "answer.png", **question)

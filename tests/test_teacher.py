@@ -84,6 +84,7 @@ def point_features(teacher, scene):
     return np.asarray(read(teacher.parameters, *map(jnp.asarray, (images, cameras, shares))))
 
 
+@pytest.mark.slow
 def test_maskclip_plus_reads_official_features(teacher_config, weights_file, scene):
     teacher_config.name, teacher_config.weights = "maskclip_plus", str(weights_file)
     teacher = load_teacher(teacher_config)

@@ -162,6 +162,7 @@ def test_fitted_sizes():
     out=st.tuples(st.integers(1, 13), st.integers(1, 13)),
     seed=st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_resize_of_any_size_equals_the_rule_by_hand(hw, out, seed):
     images = np.random.default_rng(seed).integers(0, 256, (2, *hw, 3)).astype(np.uint8)
     ours = resize_pictures(jnp.asarray(images), out)
@@ -258,6 +259,7 @@ def test_every_pixel_is_recovered_from_its_share(hw):
     last=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     seed=st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_sampling_equals_resizing_step_by_step(cells, between, last, seed):
     random = np.random.default_rng(seed)
     features = random.normal(size=(2, *cells, 3)).astype(np.float32)

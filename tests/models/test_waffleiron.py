@@ -85,6 +85,7 @@ def close(ours, expected, tolerance):
 
 
 @pytest.mark.golden
+@pytest.mark.slow
 def test_capacity_beyond_the_largest_cloud_leaves_no_trace(tiny):
     inputs = tiny.inputs()
     points = inputs["point_mask"].shape[1]

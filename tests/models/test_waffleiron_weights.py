@@ -39,6 +39,7 @@ def assert_same(ours, expected):
 
 @pytest.mark.golden
 @pytest.mark.parametrize(("part", "head"), [("pretrain", "linear"), ("downstream_nuscenes16", "probe")])
+@pytest.mark.slow
 def test_the_published_inventory(golden_file, part, head):
     """Every official name and shape is ours, and every array of ours has an official one."""
     inventory = json.loads(golden_file("scalr/full_state_dict_inventory.json").read_text())[part]

@@ -21,7 +21,7 @@ def _random_case(seed, batch=(2, 3), queries=5, heads=2, points=3, channels=4, s
     return shapes, *(jnp.asarray(a, jnp.float32) for a in (values, locations, weights))
 
 
-@pytest.mark.parametrize(("batch", "queries"), [((), 300), ((2, 3), 5)])
+@pytest.mark.parametrize(("batch", "queries"), [pytest.param((), 300, marks=pytest.mark.slow), ((2, 3), 5)])
 def test_implementations_agree_on_any_batch_axes(batch, queries):
     shapes, *arguments = _random_case(0, batch, queries)
     results = []
