@@ -132,7 +132,9 @@ def test_a_store_is_looked_up(truth, small_run, small_records, tmp_path):
     store = tmp_path / "grids.zarr"
     done = command("pop3d_jax.export", f"--workdir={small_run}", "--split=val", f"--out={store}", "--precision=float16")
     assert done.returncode == 0, done.stderr
-    report = score(truth, store, ("challenge", RAYIOU), ("camera",))
+    with pytest.raises(OccupancyFileError, match="which only records tell"):
+        score(truth, store, (RAYIOU,))
+    report = score(truth, store, ("challenge", RAYIOU), ("camera",), records=str(small_records), split="val")
     assert set(report["scores"]) == {"resampled"}
     assert report["frames"] == len(FeatureGrids.open(store))
     # The run's own grid, looked up likewise; the store's rounding may move single voxels from one class to another.
