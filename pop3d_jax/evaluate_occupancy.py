@@ -1,4 +1,4 @@
-"""Scores semantic occupancy on Occ3D-nuScenes' grid by any rule that is in use, ours and anybody's:
+r"""Scores semantic occupancy on Occ3D-nuScenes' grid by any rule that is in use, ours and anybody's:
 
     python -m pop3d_jax.evaluate_occupancy --ground_truth OCC3D/gts --predictions RUN --all
     python -m pop3d_jax.evaluate_occupancy --ground_truth OCC3D/gts --split val --predictions DUMPS --mask camera \
