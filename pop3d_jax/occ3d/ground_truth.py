@@ -44,17 +44,22 @@ class Occ3DGroundTruth:
             for key_frame in sorted((entry for entry in scene.iterdir() if entry.is_dir()), key=os.fspath):
                 path = key_frame / "labels.npz"
                 if key_frame.name in self._files:
+                    if not path.exists():  # some other folder of folders
+                        raise self._nothing_here()
                     raise OccupancyFileError(
                         f"key frame {key_frame.name} is doubled: {self._files[key_frame.name]} and {path}; leave one "
                         "of them out"
                     )
                 self._files[key_frame.name] = path
         if not self._files:
-            raise OccupancyFileError(
-                f"{self.folder} holds no SCENE/TOKEN/labels.npz: --ground_truth takes Occ3D's folder gts"
-            )
+            raise self._nothing_here()
         self.sample_tokens = list(self._files)
         self.description = _description(self.folder)
+
+    def _nothing_here(self) -> OccupancyFileError:
+        return OccupancyFileError(
+            f"{self.folder} holds no SCENE/TOKEN/labels.npz: --ground_truth takes Occ3D's folder gts"
+        )
 
     def scene_of(self, token: str) -> str:
         """Name of the scene of a key frame."""

@@ -1,6 +1,7 @@
 """Occ3D's files: what is read, and what is refused by name."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -78,6 +79,12 @@ def test_doubled_and_absent_folders_are_named(tmp_path):
         Occ3DGroundTruth(tmp_path / "nowhere")
     with pytest.raises(OccupancyFileError, match=r"holds no SCENE/TOKEN/labels\.npz"):
         Occ3DGroundTruth(tmp_path)
+    other = tmp_path / "nuscenes"
+    for folder in ("samples/CAM_BACK", "sweeps/CAM_BACK"):
+        (other / folder).mkdir(parents=True)
+    with pytest.raises(OccupancyFileError, match=r"nuscenes holds no SCENE/TOKEN/labels\.npz"):
+        Occ3DGroundTruth(other)
+    shutil.rmtree(other)
     write_truth(tmp_path, "scene-0001", "aa")
     write_truth(tmp_path, "scene-0002", "aa")
     with pytest.raises(OccupancyFileError, match=r"aa is doubled: .*scene-0001.*scene-0002"):
